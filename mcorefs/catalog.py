@@ -1,0 +1,96 @@
+"""The dialect stage: whatever a format's keys look like -> canonical Megatron tensors.
+
+Canonical: TransformerEngine-style names, one per layer and one per expert, gate above up:
+
+    decoder.layers.{l}.self_attention.linear_qkv.weight
+    decoder.layers.{l}.mlp.linear_fc1.weight                 [2F, H]: gate rows, then up rows
+    decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight     [2F, H]
+
+Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
+transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
+`experts.experts`), transformer/mlp.py apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from mcorefs.index import StoredTensor
+from mcorefs.views import Cat, Select, Stored, View
+
+LAYER_STACKS = ("decoder.layers.",)
+"""Prefixes under which a tensor has a leading layer axis when no layer number follows."""
+
+NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
+"""Router counters (megatron/core/transformer/moe/router.py): training state, never a weight."""
+
+_EXPERTS = ".mlp.experts.experts."
+_SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Canonical tensors of one checkpoint, by name."""
+
+    tensors: Mapping[str, View]
+    problems: tuple[str, ...]
+
+
+def build(stored: Mapping[str, StoredTensor]) -> Catalog:
+    """The canonical tensors that `stored` (fqn -> tensor, in any dialect) amounts to."""
+    problems: list[str] = []
+    tensors: dict[str, View] = {}
+    for name, view in _joined_halves(_by_expert(_by_layer(stored)), problems):
+        if name in tensors:
+            problems.append(f"{name} is stored twice, in two dialects")
+        tensors[name] = view
+    return Catalog(tensors, tuple(problems))
+
+
+def _by_layer(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, View]]:
+    """Layer axis -> one tensor per layer."""
+    for fqn, tensor in stored.items():
+        if NOT_WEIGHTS.search(fqn):
+            continue
+        prefix = next((p for p in LAYER_STACKS if fqn.startswith(p)), None)
+        view: View = Stored(tensor)
+        if prefix is None or fqn[len(prefix)].isdigit() or not tensor.shape:
+            yield fqn, view
+            continue
+        rest = fqn[len(prefix) :]
+        for layer in range(tensor.shape[0]):
+            yield f"{prefix}{layer}.{rest}", Select(view, 0, layer)
+
+
+def _by_expert(tensors: Iterator[tuple[str, View]]) -> Iterator[tuple[str, View]]:
+    """Expert axis -> one tensor per expert; `experts.experts.` -> `experts.{e}.`."""
+    for name, view in tensors:
+        before, experts, rest = name.partition(_EXPERTS)
+        if not experts:
+            yield name, view
+        elif rest[0].isdigit() or not view.shape:
+            yield f"{before}.mlp.experts.{rest}", view
+        else:
+            for expert in range(view.shape[0]):
+                yield f"{before}.mlp.experts.{expert}.{rest}", Select(view, 0, expert)
+
+
+def _joined_halves(
+    tensors: Iterator[tuple[str, View]], problems: list[str]
+) -> Iterator[tuple[str, View]]:
+    """`weight_w` (gate) and `weight_v` (up), as singleton_local_shards writes them -> `weight`."""
+    halves: dict[str, dict[str, View]] = {}
+    for name, view in tensors:
+        if match := _SPLIT.match(name):
+            halves.setdefault(match[1], {})[match[2]] = view
+        else:
+            yield name, view
+    for name, pair in halves.items():
+        if missing := {"w", "v"} - set(pair):
+            problems.append(f"{name}_{missing.pop()} is missing beside its other half")
+        elif pair["w"].shape != pair["v"].shape or pair["w"].dtype != pair["v"].dtype:
+            problems.append(f"{name}_w and {name}_v differ in shape or dtype")
+        else:
+            yield name, Cat((pair["w"], pair["v"]), 0)

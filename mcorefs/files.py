@@ -1,0 +1,48 @@
+"""VirtualFile: what a file of the tree is to those who serve it (`mount`, `materialize`, the API)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class VirtualFile(Protocol):
+    """A read-only file of known size whose bytes may be computed when they are read.
+
+    Implementations are safe to call from many threads at once, and never wait for a thread that
+    itself may be serving a read of this tree.
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file; never changes."""
+        ...
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill all of `out` (writable, C-contiguous bytes) with the bytes from `offset` on.
+
+        The caller asks only for bytes inside the file: 0 <= offset, offset + len(out) <= size.
+        Raises ReadFault (an OSError with errno EIO) if the source cannot deliver them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class BytesFile:
+    """A small file held in memory: config.json, the index, tokenizer files."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        out[:] = self.data[offset : offset + len(out)]
+
+
+def read_all(file: VirtualFile) -> bytes:
+    """The whole content of `file`."""
+    out = bytearray(file.size)
+    file.read_into(0, memoryview(out))
+    return bytes(out)

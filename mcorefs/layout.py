@@ -1,0 +1,95 @@
+"""The safetensors files: which tensors go in which file, the header bytes, the index.
+
+Split as `save_pretrained` splits (huggingface_hub's own function) and laid out as the safetensors
+library lays out (safetensors/src/tensor.rs: wider and "higher" dtypes first, then by name), so the
+files equal byte for byte those that transformers would have written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mcorefs.errors import MappingError
+from mcorefs.mapping.plan import HfTensor
+
+MAX_HEADER = 100_000_000
+"""safetensors refuses a longer header (src/tensor.rs MAX_HEADER_SIZE)."""
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SafetensorsLayout:
+    """One safetensors file: its header, then the tensors, each beginning where the last ends."""
+
+    header: bytes
+    """Length prefix and JSON; a multiple of 8 bytes."""
+    tensors: tuple[HfTensor, ...]
+    starts: tuple[int, ...]
+    """Offset of each tensor in the file; strictly rising except for empty tensors."""
+    size: int
+    """Bytes in the whole file."""
+
+
+def lay_out(
+    tensors: Sequence[HfTensor], shard_size: int | str
+) -> tuple[dict[str, SafetensorsLayout], bytes | None]:
+    """(files by name, the index's bytes; None where all fits in one file).
+
+    `tensors` in save_pretrained's order; `shard_size` in bytes, or as "5GB".
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        get_storage_id=lambda tensor: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_size,
+    )
+    files = {
+        name: _file([by_name[tensor] for tensor in names])
+        for name, names in split.filename_to_tensors.items()
+    }
+    return files, _index(tensors, split.tensor_to_filename) if split.is_sharded else None
+
+
+def _file(tensors: Sequence[HfTensor]) -> SafetensorsLayout:
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.rank, tensor.name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets = [0]
+    for tensor in ordered:
+        offsets.append(offsets[-1] + tensor.nbytes)
+        header[tensor.name] = {
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "data_offsets": offsets[-2:],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise MappingError(
+            f"a safetensors file with {len(tensors)} tensors would need a header of {len(text)} "
+            f"bytes, readers accept {MAX_HEADER}; pass a smaller --shard-size",
+            [],
+        )
+    data = 8 + len(text)
+    starts = tuple(data + offset for offset in offsets[:-1])
+    return SafetensorsLayout(
+        len(text).to_bytes(8, "little") + text, tuple(ordered), starts, data + offsets[-1]
+    )
+
+
+def _index(tensors: Sequence[HfTensor], weight_map: Mapping[str, str]) -> bytes:
+    total_size = parameters = 0
+    for tensor in tensors:
+        total_size += tensor.nbytes
+        parameters += tensor.nbytes // tensor.dtype.itemsize
+    index = {
+        "metadata": {"total_parameters": parameters, "total_size": total_size},
+        "weight_map": weight_map,
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,119 @@
+"""Reading a box of a stored tensor: which chunks hold it, where they lie, the copy into place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mcorefs.boxes import Box, Shape, row_major_strides
+from mcorefs.index import StoredTensor
+from mcorefs.storage import Placed, Storage
+from mcorefs.views import Array
+
+GATHER_BYTES = 8 << 20
+"""Most bytes taken from disk at once for elements that do not lie together."""
+
+
+@dataclass(frozen=True)
+class StorageLeaf:
+    """The leaf of every view of one checkpoint (`views.Leaf`)."""
+
+    storage: Storage
+
+    def __call__(self, tensor: StoredTensor, box: Box, out: Array) -> None:
+        for chunk, part in tensor.overlapping(box):
+            placed = self.storage.place(chunk, tensor.dtype)
+            where = part.relative_to(box.offsets).slices()
+            self._copy(placed, part.relative_to(chunk.box.offsets), out[where])
+
+    def _copy(self, placed: Placed, box: Box, out: Array) -> None:
+        """Elements `box` of a chunk into `out`: straight where both sides are one run of bytes,
+        else through a buffer that holds one stretch of the file around the wanted elements."""
+        first, stretch = _stretch(placed.strides, box)
+        size = out.dtype.itemsize
+        if stretch == box.volume and _row_major(placed.strides, box.sizes) and _dense(out):
+            start = placed.offset + first * size
+            self.storage.read_into(placed.path, start, memoryview(out).cast("B"))
+            return
+        if stretch * size > GATHER_BYTES and (axis := _longest(box.sizes)) is not None:
+            for half, where in _halves(box, axis):
+                self._copy(placed, half, out[where])
+            return
+        buffer = np.empty(stretch, out.dtype)
+        start = placed.offset + first * size
+        self.storage.read_into(placed.path, start, memoryview(buffer).cast("B"))
+        strides = tuple(stride * size for stride in placed.strides)
+        out[...] = np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
+
+
+def _stretch(strides: Shape, box: Box) -> tuple[int, int]:
+    """(first element, elements from the first to the last) of `box` in the file."""
+    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+    last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
+    return first, last + 1
+
+
+def _row_major(strides: Shape, sizes: Shape) -> bool:
+    """Whether elements of `sizes` at `strides` follow each other; axes of one do not matter."""
+    wanted = row_major_strides(sizes)
+    return all(n == 1 or s == w for n, s, w in zip(sizes, strides, wanted, strict=True))
+
+
+def _dense(out: Array) -> bool:
+    return out.flags.c_contiguous and out.flags.writeable
+
+
+def _longest(sizes: Shape) -> int | None:
+    """The first axis that can be halved."""
+    return next((axis for axis, size in enumerate(sizes) if size > 1), None)
+
+
+def _halves(box: Box, axis: int) -> Iterator[tuple[Box, tuple[slice, ...]]]:
+    size = box.sizes[axis]
+    lead = (slice(None),) * axis
+    for low, high in ((0, size // 2), (size // 2, size)):
+        offsets = (*box.offsets[:axis], box.offsets[axis] + low, *box.offsets[axis + 1 :])
+        sizes = (*box.sizes[:axis], high - low, *box.sizes[axis + 1 :])
+        yield Box(offsets, sizes), (*lead, slice(low, high))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes [start, start + nbytes) of a tensor's row-major form, as they lie in one file."""
+
+    start: int
+    nbytes: int
+    path: str
+    offset: int
+
+
+def runs(storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int) -> Iterator[Run]:
+    """The runs of bytes that copying `box` of `tensor` to `out` would consist of.
+
+    `out` is only looked at for its address and strides; `base` is the address of byte 0.
+    """
+    size = tensor.dtype.itemsize
+    for chunk, part in tensor.overlapping(box):
+        placed = storage.place(chunk, tensor.dtype)
+        target = out[part.relative_to(box.offsets).slices()]
+        local = part.relative_to(chunk.box.offsets)
+        strides = tuple(stride // size for stride in target.strides)
+        split = len(local.sizes)
+        while split > 0 and _run_axes(local.sizes, placed.strides, strides, split - 1):
+            split -= 1
+        length = math.prod(local.sizes[split:]) * size
+        source, _ = _stretch(placed.strides, local)
+        where = target.__array_interface__["data"][0] - base
+        for index in np.ndindex(*local.sizes[:split]):
+            at = sum(i * s for i, s in zip(index, strides, strict=False))
+            file_at = source + sum(i * s for i, s in zip(index, placed.strides, strict=False))
+            yield Run(where + at * size, length, placed.path, placed.offset + file_at * size)
+
+
+def _run_axes(sizes: Shape, source: Shape, target: Shape, split: int) -> bool:
+    """Whether axes from `split` on are one run on both sides."""
+    inner = math.prod(sizes[split + 1 :])
+    return sizes[split] == 1 or source[split] == target[split] == inner

@@ -1,0 +1,12 @@
+"""The model families: one file each, one line each below."""
+
+from __future__ import annotations
+
+from mcorefs.mapping.families.qwen3 import QWEN3
+from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
+from mcorefs.mapping.family import Family
+
+FAMILIES: tuple[Family, ...] = (
+    QWEN3,
+    QWEN3_MOE,
+)

@@ -1,0 +1,82 @@
+"""Qwen3-MoE (30B-A3B, 235B-A22B, Coder): Qwen3 attention, softmax router, no shared expert."""
+
+from __future__ import annotations
+
+from mcorefs.mapping.blocks import (
+    BASE_KEYS,
+    DECODER_REQUIRES,
+    EMBED,
+    FULL_ATTENTION_KEYS,
+    GATED_MLP,
+    GQA,
+    GQA_KEYS,
+    HEAD,
+    LAYER_NORMS,
+    NORM,
+    QK_NORM,
+    arg,
+    dim,
+    gated_experts,
+    router,
+    soft_arg,
+)
+from mcorefs.mapping.family import Facts, Family, Key
+
+
+def _dense_layers(facts: Facts) -> list[int]:
+    return [layer for layer in range(facts.dims["layers"]) if layer not in facts.moe_layers]
+
+
+def _normalised(facts: Facts) -> bool | None:
+    """Softmax after top-k gives weights that sum to one; softmax before it does not."""
+    before = facts.arg("moe_router_pre_softmax")
+    return None if before is None else not before
+
+
+QWEN3_MOE = Family(
+    name="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    rules=(
+        EMBED,
+        *GQA,
+        *QK_NORM,
+        *GATED_MLP,
+        *gated_experts("mlp.experts.{expert}."),
+        router("mlp.gate.weight"),
+        *LAYER_NORMS,
+        NORM,
+        HEAD,
+    ),
+    config={
+        **BASE_KEYS,
+        **GQA_KEYS,
+        **FULL_ATTENTION_KEYS,
+        "num_experts": dim("experts"),
+        "num_experts_per_tok": arg("moe_router_topk"),
+        "moe_intermediate_size": dim("moe_ffn"),
+        "norm_topk_prob": Key(_normalised, True),
+        "decoder_sparse_step": Key(lambda facts: 1),
+        "mlp_only_layers": Key(_dense_layers),
+        "router_aux_loss_coef": soft_arg("moe_aux_loss_coeff", default=0.001),
+        "output_router_logits": soft_arg(default=False),
+    },
+    has=(
+        "decoder.layers.*.self_attention.linear_qkv.weight",
+        "decoder.layers.*.self_attention.q_layernorm.weight",
+        "decoder.layers.*.mlp.router.weight",
+    ),
+    lacks=(
+        "decoder.layers.*.mlp.router.expert_bias",
+        "decoder.layers.*.mlp.shared_experts.",
+        "decoder.layers.*.self_attention.linear_qkv.bias",
+        "mtp.",
+    ),
+    requires={
+        **DECODER_REQUIRES,
+        "moe_router_score_function": ("softmax",),
+        "moe_router_topk_scaling_factor": (1, 1.0),
+        "moe_router_num_groups": (),
+        "moe_router_group_topk": (),
+    },
+    natural_order=True,
+)

@@ -1,0 +1,110 @@
+"""What a model family is: a value, written as one short file in `families/`.
+
+A family says which Hugging Face tensor comes from which canonical Megatron tensor (`rules`), how
+config.json follows from the checkpoint (`config`), which training arguments it cannot express
+(`requires`), and what gives it away (`has`, `lacks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mcorefs.views import View
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a model: sizes proven by tensor shapes, and its training arguments."""
+
+    dims: Mapping[str, int]
+    """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, ffn, experts,
+    moe_ffn, vocab (rows kept), padded_vocab (rows stored). Absent where the model has no such."""
+    args: Mapping[str, object]
+    """Training arguments that are set; None counts as absent."""
+    moe_layers: frozenset[int]
+    """Layers that have a router."""
+    tied: bool
+    """The checkpoint stores no output layer."""
+    dtype: str
+    """torch name of the dtype of the stored embedding."""
+
+    def arg(self, *names: str) -> object | None:
+        """The first of `names` that is set: argument names drift between Megatron versions."""
+        return next((self.args[name] for name in names if name in self.args), None)
+
+
+Block = Callable[[View, Mapping[str, int]], View]
+"""Hugging Face tensor from one canonical tensor and the dims. Raises ValueError if it cannot."""
+
+
+def whole(view: View, dims: Mapping[str, int]) -> View:
+    """The tensor as it is."""
+    return view
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Hugging Face tensor, or one per {layer} and {expert}."""
+
+    hf: str
+    """Name, with the placeholders {layer} and {expert}, which are enumerated."""
+    source: str | tuple[str, ...]
+    """Canonical tensor with the same placeholders; of several, the one that is there."""
+    shape: tuple[str, ...]
+    """Expected shape, in names of `Facts.dims`."""
+    block: Block = whole
+    layers: Literal["all", "dense", "moe"] = "all"
+    optional: bool = False
+    """The tensor exists only where its source does."""
+    keeps_dtype: bool = False
+    """--dtype leaves it as stored: its precision decides routing."""
+    sorts_as: str = ""
+    """Name to sort by where transformers writes it as part of a fused parameter."""
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A config value that the user's own reference config may overrule without a conflict."""
+
+    value: object
+
+
+REQUIRED = object()
+"""No sensible default: the checkpoint or --hf-config must say."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """How one key of config.json is found."""
+
+    value: Callable[[Facts], object | None]
+    """From the checkpoint: a value, Soft(value), or None where it does not say."""
+    default: object = REQUIRED
+    """Used, and named at mount time, where neither the checkpoint nor a reference says."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the key in reference configs; "a.b" is key b of object a."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hugging Face model family, seen from Megatron."""
+
+    name: str
+    architecture: str
+    rules: tuple[Rule, ...]
+    config: Mapping[str, Key]
+    has: tuple[str, ...]
+    """Canonical names (with * for numbers) that every model of the family holds."""
+    lacks: tuple[str, ...] = ()
+    """Canonical name prefixes that none of them holds."""
+    requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
+    """Arguments that must be absent or one of these values, else the weights mean another model."""
+    natural_order: bool = False
+    """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
+    converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""
+
+    def but(self, **changes: object) -> Family:
+        """This family with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]

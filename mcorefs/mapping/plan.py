@@ -1,0 +1,189 @@
+"""A family applied to one checkpoint: the ordered Hugging Face tensors, or every problem found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from mcorefs.boxes import Shape
+from mcorefs.dtypes import DType
+from mcorefs.mapping.family import Facts, Family, Rule
+from mcorefs.views import View, to
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True)
+class HfTensor:
+    """One tensor of the Hugging Face model."""
+
+    name: str
+    view: View
+
+    @property
+    def shape(self) -> Shape:
+        return self.view.shape
+
+    @property
+    def dtype(self) -> DType:
+        return self.view.dtype
+
+    @property
+    def nbytes(self) -> int:
+        size = self.view.dtype.itemsize
+        for n in self.view.shape:
+            size *= n
+        return size
+
+
+def plan(
+    family: Family, tensors: Mapping[str, View], facts: Facts, dtype: DType | None = None
+) -> tuple[list[HfTensor], list[str]]:
+    """The tensors of the model in the order of `save_pretrained`, and every problem.
+
+    Problems: a rule whose source is missing, a shape that disagrees with the dims, a canonical
+    tensor that no rule uses, an argument that the family cannot express. `dtype` casts on read.
+    """
+    problems = _Problems()
+    used: set[str] = set()
+    planned: list[tuple[object, HfTensor]] = []
+    for position, rule in enumerate(family.rules):
+        for layer, expert in _places(rule, facts):
+            source = _source(rule, layer, expert, tensors)
+            if source is None:
+                if not rule.optional:
+                    problems.missing(rule, layer, expert)
+                continue
+            used.add(source)
+            name = _fill(rule.hf, layer, expert)
+            view = _apply(rule, name, tensors[source], facts, problems)
+            if view is None:
+                continue
+            if dtype is not None and not rule.keeps_dtype:
+                view = to(view, dtype)
+            planned.append(
+                (_place(family, rule, name, layer, expert, position), HfTensor(name, view))
+            )
+    problems.unused(set(tensors) - used)
+    planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
+    return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
+
+
+def _places(rule: Rule, facts: Facts) -> Iterator[tuple[int, int]]:
+    """(layer, expert) for each tensor of the rule; 0 stands where there is no placeholder."""
+    layers: Iterable[int] = (0,)
+    if "{layer}" in rule.hf:
+        layers = (
+            layer
+            for layer in range(facts.dims["layers"])
+            if rule.layers == "all" or (layer in facts.moe_layers) == (rule.layers == "moe")
+        )
+    experts = range(facts.dims.get("experts", 0)) if "{expert}" in rule.hf else range(1)
+    return ((layer, expert) for layer in layers for expert in experts)
+
+
+def _source(rule: Rule, layer: int, expert: int, tensors: Mapping[str, View]) -> str | None:
+    sources = (rule.source,) if isinstance(rule.source, str) else rule.source
+    for pattern in sources:
+        if (name := _fill(pattern, layer, expert)) in tensors:
+            return name
+    return None
+
+
+def _fill(pattern: str, layer: int, expert: int) -> str:
+    return pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+
+
+def _apply(
+    rule: Rule, name: str, source: View, facts: Facts, problems: _Problems
+) -> View | None:
+    try:
+        view = rule.block(source, facts.dims)
+        expected = tuple(facts.dims[dim] for dim in rule.shape)
+    except (KeyError, ValueError, IndexError) as problem:
+        problems.add(rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {problem}")
+        return None
+    if view.shape != expected:
+        problems.add(
+            rule.hf,
+            f"{name} has shape {list(view.shape)}, expected {list(expected)} "
+            f"({' x '.join(rule.shape)})",
+        )
+    return view
+
+
+def _place(
+    family: Family, rule: Rule, name: str, layer: int, expert: int, position: int
+) -> object:
+    """Sort key that reproduces the order of save_pretrained."""
+    if family.natural_order:
+        sorts_as = _fill(rule.sorts_as, layer, expert) if rule.sorts_as else name
+        return (natural_key(sorts_as), position, expert)
+    if "{layer}" in rule.hf:
+        return ((1, layer), position, expert)
+    in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
+    return ((0 if position < in_layers else 2, 0), position, 0)
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Numbers sort as numbers, before words (transformers/core_model_loading.py
+    dot_natural_key, for names whose words do not end in digits)."""
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")
+    ]
+
+
+class _Problems:
+    """Problems, with the many of one kind folded into one line."""
+
+    def __init__(self) -> None:
+        self._by_rule: dict[str, list[str]] = {}
+
+    def add(self, kind: str, text: str) -> None:
+        self._by_rule.setdefault(kind, []).append(text)
+
+    def missing(self, rule: Rule, layer: int, expert: int) -> None:
+        sources = (rule.source,) if isinstance(rule.source, str) else rule.source
+        wanted = " or ".join(_fill(source, layer, expert) for source in sources)
+        self.add(
+            f"missing {rule.source}",
+            f"{_fill(rule.hf, layer, expert)} needs {wanted}, which the checkpoint does not hold",
+        )
+
+    def unused(self, names: Iterable[str]) -> None:
+        for name in sorted(names, key=natural_key):
+            self.add(
+                f"unused {_NUMBER.sub('*', name)}",
+                f"the checkpoint holds {name}, which this family has no place for",
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        for texts in self._by_rule.values():
+            more = f" (and {len(texts) - 1} more like it)" if len(texts) > 1 else ""
+            yield texts[0] + more
+
+
+def _unexpressed(family: Family, facts: Facts) -> Iterator[str]:
+    for name, allowed in family.requires.items():
+        value = facts.arg(name)
+        if value is not None and value not in allowed:
+            wanted = " or ".join(map(repr, allowed)) or "not set"
+            yield (
+                f"the model was trained with {name}={value!r}, which {family.architecture} cannot "
+                f"express (it needs {wanted}): its output would differ"
+            )
+
+
+def evidence(family: Family, tensors: Mapping[str, View]) -> tuple[list[str], list[str]]:
+    """(what speaks for the family, what speaks against it) among the names of `tensors`."""
+    kinds = {_NUMBER.sub("*", name) for name in tensors}
+    speaks_for = [f"has {name}" for name in family.has if name in kinds]
+    against = [f"lacks {name}" for name in family.has if name not in kinds]
+    for prefix in family.lacks:
+        held = next((kind for kind in sorted(kinds) if kind.startswith(prefix)), None)
+        if held:
+            against.append(f"has {held}")
+        else:
+            speaks_for.append(f"no {prefix.rstrip('.')}")
+    return speaks_for, against

@@ -1,0 +1,114 @@
+"""A checkpoint as a Hugging Face model: every stage up to the layout, with all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcorefs import catalog
+from mcorefs.dtypes import BY_TORCH, DType
+from mcorefs.errors import CheckpointError, MappingError
+from mcorefs.formats import Checkpoint
+from mcorefs.locate import Location, locate
+from mcorefs.mapping import config as configs
+from mcorefs.mapping.choose import Choice, choose
+from mcorefs.mapping.facts import gather, true_vocab
+from mcorefs.mapping.family import Facts
+from mcorefs.mapping.plan import HfTensor, plan
+from mcorefs.mapping.tokenizer import Tokenizer, find
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may say about a checkpoint; every field is optional."""
+
+    iteration: int | None = None
+    """Which iteration of the run; None: the one its tracker file names."""
+    family: str | None = None
+    hf_config: Path | None = None
+    """A local Hugging Face model directory: config keys, tokenizer, generation config."""
+    tokenizer: Path | None = None
+    """A tokenizer directory or file."""
+    require_tokenizer: bool = False
+    vocab_size: int | None = None
+    dtype: str | None = None
+    """Cast weights on read: one of DTYPES."""
+    shard_size: int | str = "50GB"
+    """Largest safetensors file; default as transformers 5."""
+    cache_bytes: int | None = None
+    """Budget of the tile cache; None: chosen from the memory there is."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is served, before it is laid out in files."""
+
+    location: Location
+    checkpoint: Checkpoint
+    choice: Choice
+    facts: Facts
+    tensors: tuple[HfTensor, ...]
+    config: Mapping[str, object]
+    generation_config: bytes
+    tokenizer: Tokenizer
+    remarks: tuple[str, ...]
+    """What the user should know: what was assumed, cut, kept or not found."""
+
+
+def load(path: Path, options: Options) -> Model:
+    """The model in the checkpoint at `path`. Reads metadata only, no tensor data.
+
+    Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
+    """
+    dtype = _dtype(options.dtype)
+    location = locate(path, options.iteration)
+    reference = configs.read_reference(options.hf_config)
+    checkpoint = location.format.index(location.path)
+    canonical = catalog.build(checkpoint.tensors)
+    choice = choose(canonical.tensors, options.family, reference)
+    facts, problems = gather(canonical.tensors, checkpoint.args, reference)
+    remarks = list(location.remarks)
+    if "padded_vocab" in facts.dims:
+        vocab, remark, faults = true_vocab(
+            facts.dims["padded_vocab"], checkpoint.args, reference, options.vocab_size
+        )
+        facts = Facts(
+            {**facts.dims, "vocab": vocab}, facts.args, facts.moe_layers, facts.tied, facts.dtype
+        )
+        problems += faults
+        remarks += [remark] if remark else []
+    tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
+    problems += [*canonical.problems, *faults]
+    tokenizer = find(options.tokenizer, location.path, options.hf_config, checkpoint.args)
+    config: Mapping[str, object] = {}
+    if "vocab" in facts.dims:
+        config, said, faults = configs.synthesise(
+            choice.family, facts, reference, tokenizer.token_ids, options.dtype or facts.dtype
+        )
+        remarks += said
+        problems += faults
+    if options.require_tokenizer and not tokenizer.found:
+        problems.append(f"--require-tokenizer: none found in {tokenizer.source}")
+    if problems:
+        raise MappingError(
+            f"{location.path} cannot be presented as {choice.family.architecture}:", problems
+        )
+    directory = options.hf_config
+    if directory is not None and not directory.is_dir():
+        directory = directory.parent
+    generation = configs.generation_config(config, directory, tokenizer.token_ids)
+    return Model(
+        location, checkpoint, choice, facts, tuple(tensors), config, generation, tokenizer,
+        tuple(remarks),
+    )
+
+
+def _dtype(name: str | None) -> DType | None:
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise CheckpointError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return BY_TORCH[name]

@@ -1,0 +1,18 @@
+"""Mounting a VirtualTree with FUSE, read-only. Importing this loads no libfuse."""
+
+from mcorefs.mount.binding import check_fuse
+from mcorefs.mount.daemon import mounting, serve
+from mcorefs.mount.mountpoint import MountEntry, check_mountpoint, mounted
+from mcorefs.mount.options import MountOptions
+from mcorefs.mount.unmounting import unmount
+
+__all__ = [
+    "MountEntry",
+    "MountOptions",
+    "check_fuse",
+    "check_mountpoint",
+    "mounted",
+    "mounting",
+    "serve",
+    "unmount",
+]

@@ -1,0 +1,234 @@
+"""Serving a mount from a process of its own, and not saying so before it can be read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NoReturn, cast
+
+from mcorefs.errors import McorefsError, MountError
+from mcorefs.mount.binding import check_fuse
+from mcorefs.mount.firstread import Expectation, raise_read_ahead
+from mcorefs.mount.foreground import serve_foreground
+from mcorefs.mount.mountpoint import check_mountpoint, locate, mounted
+from mcorefs.mount.options import MountOptions
+from mcorefs.mount.session import message_file, run_session
+from mcorefs.mount.unmounting import unmount
+from mcorefs.tree import VirtualTree
+
+TreeFactory = Callable[[], VirtualTree]
+Check = Callable[[Path], None]
+
+_DEFAULT_OPTIONS = MountOptions()
+_ENDS_WITHIN = 10.0
+
+
+def serve(
+    tree_factory: TreeFactory,
+    mnt: Path,
+    options: MountOptions = _DEFAULT_OPTIONS,
+    check: Check | None = None,
+    on_ready: Callable[[], None] | None = None,
+) -> None:
+    """Mount the tree at `mnt`.
+
+    `tree_factory` is called once, in the process that will serve: threads that it starts live
+    on. The tree must not hold relative paths, for the daemon's directory is /. Before the mount
+    is called good, it is read through the kernel and compared with the tree, and `check(mnt)`
+    is run, both outside the serving process; then `on_ready` is called, in this process.
+
+    Returns when the daemon serves; with `options.foreground`, when the mount has been removed.
+    Raises MountError, or what `check` raised, and leaves no mount and no process behind.
+    """
+    check_fuse(options.allow_other)
+    check_mountpoint(mnt)
+    path = locate(mnt)
+    if options.foreground:
+        serve_foreground(tree_factory, path, options, check, on_ready)
+        return
+    _start(tree_factory, path, options, check).forget()
+    if on_ready is not None:
+        on_ready()
+
+
+@contextmanager
+def mounting(
+    tree: VirtualTree, mnt: Path, options: MountOptions = _DEFAULT_OPTIONS
+) -> Iterator[Path]:
+    """Serve `tree` at `mnt` from a forked process while the block runs, then unmount."""
+    check_fuse(options.allow_other)
+    check_mountpoint(mnt)
+    path = locate(mnt)
+    server = _start(lambda: tree, path, options, None)
+    try:
+        yield path
+    finally:
+        server.end(path)
+
+
+@dataclass(frozen=True)
+class _Server:
+    """A serving process, seen from the one that started it.
+
+    `reports` is a pipe that the server holds open as long as it lives.
+    """
+
+    pid: int
+    reports: BinaryIO
+
+    def forget(self) -> None:
+        self.reports.close()
+
+    def end(self, path: Path) -> None:
+        """Unmount and see the process end, by force if need be."""
+        entry = mounted(path)
+        if entry is not None and entry.ours:
+            with suppress(MountError):  # the process goes all the same
+                unmount(path, force=True)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._alive(0.5 if number == signal.SIGTERM else _ENDS_WITHIN):
+                os.kill(self.pid, number)
+        self._alive(_ENDS_WITHIN)
+        self.reports.close()
+
+    def _alive(self, patience: float) -> bool:
+        """Whether it still lives after at most `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while select.select([self.reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not os.read(self.reports.fileno(), 1 << 16):
+                return False
+        return True
+
+
+def _start(
+    tree_factory: TreeFactory, path: Path, options: MountOptions, check: Check | None
+) -> _Server:
+    """Fork the daemon; returns when its mount is live and has passed the first read."""
+    log_fd = _open_log(options.log_file)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with message_file() as messages:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            _become_daemon(tree_factory, path, options, writing, messages, log_fd)
+        os.close(writing)
+        os.close(log_fd)
+        os.waitpid(child, 0)
+        reports = os.fdopen(reading, "rb")
+        server = _Server(int(_next_report(reports, messages)), reports)
+        try:
+            expectation = Expectation.from_json(_next_report(reports, messages))
+            expectation.check(path)
+            raise_read_ahead(path, options.read_ahead_kib)
+            if check is not None:
+                check(path)
+        except BaseException:
+            server.end(path)
+            raise
+    return server
+
+
+def _next_report(reports: BinaryIO, messages: BinaryIO) -> str:
+    """The next report of the daemon: its pid, then what its live mount must show.
+
+    Raises MountError if it sent an error instead or ended.
+    """
+    line = reports.readline()
+    if not line:
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip() or "it left no message"
+        raise MountError(f"the serving process ended before the mount was live: {said}")
+    kind, content = cast(tuple[str, str], json.loads(line))
+    if kind == "error":
+        raise MountError(content)
+    return content
+
+
+def _become_daemon(
+    tree_factory: TreeFactory,
+    path: Path,
+    options: MountOptions,
+    writing: int,
+    messages: BinaryIO,
+    log_fd: int,
+) -> NoReturn:
+    """The life of the daemon, from the first fork on; nothing returns to the caller's code."""
+    live = False
+
+    def report(kind: str, content: str) -> None:
+        # A starter that was killed does not end the mount.
+        with suppress(BrokenPipeError), open(writing, "wb", closefd=False) as pipe:
+            pipe.write(json.dumps([kind, content]).encode() + b"\n")
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        report("pid", str(os.getpid()))
+        tree = tree_factory()
+        expectation = Expectation.of(tree)
+        _leave_terminal(log_fd)
+        _log_to_stderr(options.log_file is not None)
+
+        def on_live() -> None:
+            nonlocal live
+            live = True
+            report("live", expectation.to_json())
+
+        run_session(tree, path, options, messages, on_live)
+        os._exit(0)
+    except BaseException as error:
+        text = str(error) if isinstance(error, McorefsError) else traceback.format_exc()
+        if live:
+            logging.getLogger("mcorefs.mount").critical("%s", text)
+        else:
+            report("error", text)
+    finally:
+        os._exit(1)
+
+
+def _open_log(log_file: Path | None) -> int:
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        return os.open(os.devnull if log_file is None else log_file, flags, 0o600)
+    except OSError as error:
+        raise MountError(
+            f"the log file {log_file} cannot be written: {error.strerror}: name another one"
+        ) from error
+
+
+def _leave_terminal(log_fd: int) -> None:
+    """Input from nowhere, output to the log; the directory of the call may be removed."""
+    nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(nowhere, 0)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    os.close(nowhere)
+    os.close(log_fd)
+    os.chdir("/")
+    os.umask(0o022)
+
+
+def _log_to_stderr(wanted: bool) -> None:
+    # The handlers of the caller write to its terminal, or are locked by threads left behind.
+    handler = logging.StreamHandler(open(2, "w", closefd=False)) if wanted else None  # noqa: SIM115
+    logging.basicConfig(
+        force=True,
+        level=logging.INFO,
+        handlers=[handler or logging.NullHandler()],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )

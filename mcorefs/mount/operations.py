@@ -1,0 +1,243 @@
+"""What libfuse asks of us, translated to a VirtualTree: paths, errnos and buffers, nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import NoReturn, Protocol, cast
+
+from mcorefs.errors import McorefsError
+from mcorefs.mount.nodes import BLOCK, Node, NodeTable
+
+log = logging.getLogger("mcorefs.mount")
+
+REQUEST_BYTES = 1 << 20
+"""Largest read request asked of the kernel (libfuse 3); its own limit is 256 pages as well."""
+
+_BACKGROUND_REQUESTS = 64
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
+_PYBUF_WRITE = 0x200
+_memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
+_memory_at.restype = ctypes.py_object
+_memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+
+
+class ConnectionInfo(Protocol):
+    """libfuse 3's struct fuse_conn_info, as far as we set it."""
+
+    max_write: int
+    max_read: int
+    max_background: int
+    congestion_threshold: int
+
+
+class FileInfo(Protocol):
+    fh: int
+
+
+class FileInfoPointer(Protocol):
+    @property
+    def contents(self) -> FileInfo: ...
+
+
+class BufferPointer(Protocol):
+    @property
+    def contents(self) -> ctypes.c_byte: ...
+
+
+class FaultLog:
+    """Logs each distinct failure at most once per `interval` seconds: engines retry in loops."""
+
+    def __init__(self, interval: float = 60.0, remembered: int = 1024) -> None:
+        self._interval = interval
+        self._remembered = remembered
+        self._lock = threading.Lock()
+        self._last: dict[str, float] = {}
+        self._suppressed = 0
+
+    def report(self, message: str, error: BaseException | None = None) -> None:
+        """Log `message`, with the traceback of `error` if given."""
+        now = time.monotonic()
+        with self._lock:
+            if now - self._last.get(message, -self._interval) < self._interval:
+                self._suppressed += 1
+                return
+            if len(self._last) >= self._remembered:
+                self._last.clear()
+            self._last[message] = now
+            suppressed, self._suppressed = self._suppressed, 0
+        if suppressed:
+            message += f" ({suppressed} repeated messages not shown)"
+        log.error("%s", message, exc_info=error)
+
+
+class WorkerThreads:
+    """Keeps the Python state of libfuse's threads from one request to the next.
+
+    Python makes a new state for a foreign thread at every callback and throws it away after it,
+    which costs a third of the time of a 4 KiB read and empties `threading.local`. Only for
+    threads that live as long as the session: the state of one that ends is never freed.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._kept: set[int] = set()
+
+    def keep_this(self) -> None:
+        """Call from within a callback."""
+        thread = threading.get_ident()
+        if thread not in self._kept and len(self._kept) < self._limit:
+            self._kept.add(thread)
+            # Never released, so the callback's own release does not reach zero.
+            ctypes.pythonapi.PyGILState_Ensure()
+
+
+class Operations:
+    """The callbacks that libfuse gets, as both bindings call them.
+
+    What is left out is left to libfuse and the kernel on purpose: with no `getxattr`,
+    `listxattr`, `flush`, `release`, `access` and so on the kernel learns once that there is
+    nothing to ask, and asks no more. File handles are inode numbers, so opening keeps no state.
+    """
+
+    use_ns = True
+    # libfuse need not build paths where there is a file handle.
+    flag_nullpath_ok = 1
+    flag_nopath = 1
+
+    def __init__(
+        self, nodes: NodeTable, workers: WorkerThreads, on_live: Callable[[], None]
+    ) -> None:
+        """`on_live` is called once when the kernel has the mount; it must not touch the mount."""
+        self.nodes = nodes
+        self.workers = workers
+        self.faults = FaultLog()
+        self._on_live = on_live
+
+    def init(self, path: str) -> None:
+        """Start of service, libfuse 2."""
+        self._on_live()
+
+    def init_with_config(self, connection: ConnectionInfo | None, config: object) -> None:
+        """Start of service, libfuse 3: read requests may be as large as write requests."""
+        if connection is not None:
+            connection.max_write = connection.max_read = REQUEST_BYTES
+            connection.max_background = _BACKGROUND_REQUESTS
+            connection.congestion_threshold = _BACKGROUND_REQUESTS * 3 // 4
+        self._on_live()
+
+    def getattr(self, path: str | None, fh: int | None = None) -> Mapping[str, int]:
+        return self._node(path, fh).attributes
+
+    def readdir(self, path: str | None, fh: int) -> Iterator[tuple[str, Mapping[str, int], int]]:
+        directory = self._node(path, fh)
+        if directory.file is not None:
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        for name, node in ((".", directory), ("..", directory), *directory.children.items()):
+            yield name, node.attributes, 0
+
+    def opendir(self, path: str) -> int:
+        return self._node(path, None).inode
+
+    def open(self, path: str, flags: int) -> int:
+        if flags & _WRITE_FLAGS:
+            self._refuse()
+        return self._node(path, None).inode
+
+    def read(self, path: str | None, size: int, offset: int, fh: int) -> NoReturn:
+        """Never called: `InPlaceReads.read` takes its place; here so that libfuse gets a read."""
+        raise NotImplementedError
+
+    def statfs(self, path: str | None) -> dict[str, int]:
+        return {
+            "f_bsize": BLOCK,
+            "f_frsize": BLOCK,
+            "f_blocks": -(-self.nodes.total_bytes // BLOCK),
+            "f_files": len(self.nodes.by_path),
+            "f_namemax": 255,
+        }
+
+    def _refuse(self, *arguments: object) -> NoReturn:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    # The kernel's ro flag answers these first; they matter if root remounts rw.
+    chmod = chown = create = fallocate = link = mkdir = mknod = removexattr = rename = _refuse
+    rmdir = setxattr = symlink = truncate = unlink = utimens = write = _refuse
+
+    def _node(self, path: str | None, fh: int | None) -> Node:
+        table = self.nodes
+        node = table.by_inode[fh] if path is None and fh else table.by_path.get(path or "")
+        if node is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return node
+
+
+class CallableOperations(Operations):
+    """The same for fusepy, which calls the operations object with the name of the operation."""
+
+    def __call__(self, name: str, *arguments: object) -> object:
+        return cast(Callable[..., object], getattr(self, name))(*arguments)
+
+
+class InPlaceReads:
+    """Put in front of a binding's FUSE class: reads fill libfuse's own buffer, and no exception
+    whatever reaches libfuse."""
+
+    operations: Operations
+
+    def read(
+        self,
+        path: bytes | None,
+        buffer: BufferPointer,
+        size: int,
+        offset: int,
+        info: FileInfoPointer,
+    ) -> int:
+        self.operations.workers.keep_this()
+        node = self.operations.nodes.by_inode[info.contents.fh]
+        if node is None or node.file is None:
+            return -errno.EISDIR
+        size = min(size, node.file.size - offset)
+        if size <= 0:
+            return 0
+        out = cast(memoryview, _memory_at(ctypes.addressof(buffer.contents), size, _PYBUF_WRITE))
+        try:
+            node.file.read_into(offset, out)
+        except Exception as error:
+            self._report(node, error)
+            return -errno.EIO
+        finally:
+            # libfuse frees the buffer after this call: nobody may write to it any more.
+            with suppress(BufferError):
+                out.release()
+        return size
+
+    def _report(self, node: Node, error: Exception) -> None:
+        expected = isinstance(error, (McorefsError, OSError))
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.operations.faults.report(
+            f"reading {node.path} failed, the reader gets EIO: {reason}",
+            None if expected else error,
+        )
+
+    def _wrapper(self, function: Callable[..., int | None], *arguments: object) -> int:
+        """Call one of the binding's methods for libfuse; replaces the binding's own wrapper,
+        which ends the file system on some exceptions."""
+        try:
+            return function(*arguments) or 0
+        except OSError as error:
+            return -(error.errno or errno.EIO)
+        except UnicodeDecodeError:
+            return -errno.ENOENT  # a name that is not UTF-8 is not one of ours
+        except BaseException as error:
+            # An exception that left this method would be taken for success with 0 bytes.
+            with suppress(BaseException):
+                name = getattr(function, "__name__", "?")
+                self.operations.faults.report(f"FUSE {name} failed: {error!r}", error)
+            return -errno.EIO

@@ -1,0 +1,153 @@
+"""One libfuse session: mount a tree and answer requests until it is unmounted."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO, cast
+
+from mcorefs.errors import MountError
+from mcorefs.mount.binding import LIBFUSE2, Binding, load_binding
+from mcorefs.mount.nodes import build_nodes
+from mcorefs.mount.operations import (
+    REQUEST_BYTES,
+    CallableOperations,
+    InPlaceReads,
+    Operations,
+    WorkerThreads,
+)
+from mcorefs.mount.options import MountOptions
+from mcorefs.tree import VirtualTree
+
+_FOR_EVER = 86400 * 365
+"""Seconds for which the kernel may keep names and attributes: the tree never changes."""
+_LIBFUSE2_REQUEST_BYTES = 128 << 10
+_ENDED_BY_SIGNAL = 8  # libfuse 3, when its handler of SIGINT, SIGTERM or SIGHUP ended the loop
+_FIXED_THREADS = (3, 12)  # first libfuse with max_threads; its threads never end before it
+
+Option = bool | int | str
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+def run_session(
+    tree: VirtualTree,
+    mnt: Path,
+    options: MountOptions,
+    messages: BinaryIO,
+    on_live: Callable[[], None],
+) -> None:
+    """Mount `tree` at `mnt` and serve it in this thread and libfuse's own, until unmounted.
+
+    What libfuse prints until the mount is live goes to `messages`. `on_live` is called when the
+    kernel has the mount; it must not touch it. SIGINT, SIGTERM and SIGHUP unmount.
+    Raises MountError with libfuse's words if mounting fails.
+    """
+    binding = load_binding()
+    lived = False
+    cwd = os.getcwd()
+
+    def live() -> None:
+        nonlocal lived
+        lived = True
+        os.chdir(cwd)  # libfuse went to /, even in the foreground
+        restore_stderr()
+        on_live()
+
+    operations_class = CallableOperations if binding.flavour is LIBFUSE2 else Operations
+    # Older libfuse ends idle threads and starts new ones.
+    workers = WorkerThreads(options.threads if binding.version >= _FIXED_THREADS else 0)
+    operations = operations_class(build_nodes(tree), workers, live)
+    session_class = type("Session", (InPlaceReads, binding.fuse_class), {})
+    serve = cast(Callable[..., object], session_class)
+    with _stderr_to(messages) as restore_stderr, _default_signals():
+        try:
+            serve(operations, str(mnt), foreground=True, **_libfuse_options(binding, options))
+        except RuntimeError as error:
+            if not lived or error.args != (_ENDED_BY_SIGNAL,):
+                raise MountError(_failure(mnt, binding, messages, lived, error)) from error
+
+
+def _libfuse_options(binding: Binding, options: MountOptions) -> dict[str, Option]:
+    """Options for libfuse, which passes on to the kernel what is the kernel's."""
+    libfuse2 = binding.flavour is LIBFUSE2
+    chosen: dict[str, Option] = {
+        "ro": True,
+        "nosuid": True,
+        "nodev": True,
+        "noexec": True,
+        "default_permissions": True,
+        "fsname": options.fsname,
+        "subtype": "mcorefs",
+        "use_ino": True,
+        "kernel_cache": True,
+        "attr_timeout": _FOR_EVER,
+        "entry_timeout": _FOR_EVER,
+        "negative_timeout": _FOR_EVER,
+        "max_read": _LIBFUSE2_REQUEST_BYTES if libfuse2 else REQUEST_BYTES,
+    }
+    if binding.version >= _FIXED_THREADS:
+        chosen["max_threads"] = options.threads
+    if options.allow_other:
+        chosen["allow_other"] = True
+    if options.auto_unmount and shutil.which(binding.flavour.mounter) is not None:
+        chosen["auto_unmount"] = True
+    return chosen
+
+
+def _failure(
+    mnt: Path, binding: Binding, messages: BinaryIO, lived: bool, error: RuntimeError
+) -> str:
+    messages.seek(0)
+    said = messages.read().decode(errors="replace").strip() or f"no message, exit code {error}"
+    what = "stopped serving" if lived else "could not mount"
+    major, minor = binding.version
+    return f"libfuse {major}.{minor} {what} {mnt}: {said}"
+
+
+def message_file() -> BinaryIO:
+    """A file in memory for what libfuse prints: a temporary directory may not be writable."""
+    return cast(BinaryIO, os.fdopen(os.memfd_create("mcorefs-mount"), "w+b"))
+
+
+@contextmanager
+def _stderr_to(messages: BinaryIO) -> Iterator[Callable[[], None]]:
+    """Point fd 2 at `messages`; the function given undoes it early, and may be called again."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    os.dup2(messages.fileno(), 2)
+    restored = False
+
+    def restore() -> None:
+        nonlocal restored
+        if not restored:
+            restored = True
+            os.dup2(saved, 2)
+            os.close(saved)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextmanager
+def _default_signals() -> Iterator[None]:
+    """libfuse sets its own handlers, but only in place of the default ones."""
+    if threading.current_thread() is not threading.main_thread():
+        raise MountError("a mount can only be served from the main thread of a process")
+    before: dict[signal.Signals, Handler] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,254 @@
+"""Bytes of virtual safetensors files: header, straight reads, and tiles under a budget.
+
+A tensor whose bytes lie in few long runs is read straight from the shards into the caller's
+buffer. Any other (row-parallel weights, casts) is computed a *tile* at a time: a contiguous box of
+about TILE_BYTES, kept in an LRU cache, so that the many small requests of one page-faulting reader
+do not each pay for gathering it. A tile is computed by the first thread that wants it; others wait
+for that thread, which itself waits for nothing but storage.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Hashable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mcorefs.boxes import Box, Shape
+from mcorefs.index import StoredTensor
+from mcorefs.layout import SafetensorsLayout
+from mcorefs.leaf import Run, StorageLeaf, runs
+from mcorefs.storage import Storage
+from mcorefs.views import Array, View, moves_only
+
+if TYPE_CHECKING:
+    from cachetools import LRUCache
+
+TILE_BYTES = 4 << 20
+MIN_RUN = 32 << 10
+"""Mean length from which runs are read one by one rather than gathered into tiles."""
+
+
+class TileCache:
+    """Tiles by key, at most `budget` bytes of them. Thread-safe, each computed once at a time."""
+
+    def __init__(self, budget: int) -> None:
+        from cachetools import LRUCache
+
+        self.budget = budget
+        self._tiles: LRUCache[Hashable, Array] = LRUCache(
+            max(budget, 1), getsizeof=lambda tile: tile.nbytes
+        )
+        self._pending: dict[Hashable, Future[Array]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, view: View, box: Box, leaf: StorageLeaf) -> Array:
+        """Elements `box` of `view`, row-major; kept under `key` while the budget allows."""
+        with self._lock:
+            tile = self._tiles.get(key)
+            if tile is not None:
+                return tile
+            pending = self._pending.get(key)
+            if pending is None:
+                mine = self._pending[key] = Future()
+        if pending is not None:
+            return pending.result()
+        try:
+            tile = np.empty(box.sizes, view.dtype.carrier)
+            view.read_into(box, tile, leaf)
+            tile.flags.writeable = False
+        except BaseException as problem:
+            with self._lock:
+                del self._pending[key]
+            mine.set_exception(problem)
+            raise
+        with self._lock:
+            del self._pending[key]
+            if tile.nbytes <= self.budget:
+                self._tiles[key] = tile
+        mine.set_result(tile)
+        return tile
+
+
+@dataclass(frozen=True)
+class _Straight:
+    """A tensor as runs of its shards, sorted by start and covering it without gap."""
+
+    runs: tuple[Run, ...]
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Tiled:
+    """A tensor cut into tiles: `rows` indices of `axis`, all of the axes behind it."""
+
+    axis: int
+    rows: int
+    per_lead: int
+    """Tiles for each index of the axes before `axis`."""
+
+
+class Reader:
+    """Reads tensors and files of one model. Thread-safe; owns no thread."""
+
+    def __init__(self, storage: Storage, cache_bytes: int) -> None:
+        self._storage = storage
+        self._leaf = StorageLeaf(storage)
+        self._cache = TileCache(cache_bytes)
+        self._ways: dict[int, _Straight | _Tiled] = {}
+
+    def read_tensor(self, view: View, start: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of the row-major form of `view` from byte `start` on.
+
+        Raises ReadFault if the source cannot deliver them.
+        """
+        way = self._ways.get(id(view))
+        if way is None:
+            way = self._ways[id(view)] = self._way(view)
+        if isinstance(way, _Straight):
+            self._read_runs(way, start, out)
+        else:
+            self._read_tiles(view, way, start, out)
+
+    def read_box(self, view: View, box: Box) -> Array:
+        """Elements `box` of `view` as a new array of the dtype's carrier."""
+        out = np.empty(box.sizes, view.dtype.carrier)
+        view.read_into(box, out, self._leaf)
+        return out
+
+    def _way(self, view: View) -> _Straight | _Tiled:
+        if moves_only(view) and (found := _as_runs(self._storage, view)) is not None:
+            return _Straight(found, tuple(run.start for run in found))
+        return _tiling(view.shape, view.dtype.itemsize)
+
+    def _read_runs(self, way: _Straight, start: int, out: memoryview) -> None:
+        at, end = start, start + len(out)
+        i = bisect_right(way.starts, start) - 1
+        while at < end:
+            run = way.runs[i]
+            inside = at - run.start
+            count = min(run.nbytes - inside, end - at)
+            part = out[at - start : at - start + count]
+            self._storage.read_into(run.path, run.offset + inside, part)
+            at += count
+            i += 1
+
+    def _read_tiles(self, view: View, tiling: _Tiled, start: int, out: memoryview) -> None:
+        size, shape = view.dtype.itemsize, view.shape
+        row_bytes = math.prod(shape[tiling.axis + 1 :]) * size
+        lead_bytes = shape[tiling.axis] * row_bytes
+        at, end = start, start + len(out)
+        while at < end:
+            lead, inside = divmod(at, lead_bytes)
+            number = inside // (tiling.rows * row_bytes)
+            first = number * tiling.rows
+            rows = min(tiling.rows, shape[tiling.axis] - first)
+            box = _tile_box(shape, tiling.axis, lead, first, rows)
+            key = (id(view), lead * tiling.per_lead + number)
+            tile = self._cache.get(key, view, box, self._leaf)
+            skip = inside - first * row_bytes
+            count = min(rows * row_bytes - skip, end - at)
+            flat = tile.reshape(-1).view(np.uint8)
+            np.frombuffer(out, np.uint8)[at - start : at - start + count] = flat[skip : skip + count]
+            at += count
+
+
+def _tile_box(shape: Shape, axis: int, lead: int, first: int, rows: int) -> Box:
+    index = tuple(int(i) for i in np.unravel_index(lead, shape[:axis])) if axis else ()
+    rest = shape[axis + 1 :]
+    return Box((*index, first, *(0,) * len(rest)), (*(1,) * axis, rows, *rest))
+
+
+def _tiling(shape: Shape, itemsize: int) -> _Tiled:
+    """Tiles of about TILE_BYTES, each one contiguous range of the row-major form."""
+    if not shape:
+        raise ValueError("a scalar is always one run")
+    axis = 0
+    row_bytes = math.prod(shape[1:]) * itemsize
+    while row_bytes > TILE_BYTES and axis + 1 < len(shape):
+        axis += 1
+        row_bytes = math.prod(shape[axis + 1 :]) * itemsize
+    rows = max(1, min(shape[axis], TILE_BYTES // max(row_bytes, 1)))
+    return _Tiled(axis, rows, -(-shape[axis] // rows))
+
+
+def _as_runs(storage: Storage, view: View) -> tuple[Run, ...] | None:
+    """The runs that make up `view`, None if they are short and many.
+
+    The view is made to fill an array that is never touched, so it has addresses but no memory
+    behind them: the leaf sees where each piece would go and notes it instead of writing.
+    """
+    nbytes = math.prod(view.shape) * view.dtype.itemsize
+    if nbytes == 0:
+        return ()
+    most = max(16, nbytes // MIN_RUN)
+    found: list[Run] = []
+    out = np.empty(view.shape, view.dtype.carrier)
+    base = out.__array_interface__["data"][0]
+
+    def note(tensor: StoredTensor, box: Box, target: Array) -> None:
+        for run in runs(storage, tensor, box, target, base):
+            found.append(run)
+            # A piece outside goes through a buffer of the view's own: not straight.
+            if len(found) > most or not 0 <= run.start < nbytes:
+                raise _TooMany
+
+    try:
+        view.read_into(Box.whole(view.shape), out, note)
+    except _TooMany:
+        return None
+    return _joined(sorted(found, key=lambda run: run.start))
+
+
+class _TooMany(Exception):
+    pass
+
+
+def _joined(ordered: list[Run]) -> tuple[Run, ...]:
+    """Neighbours that are neighbours in their file too become one run."""
+    joined: list[Run] = []
+    for run in ordered:
+        if joined:
+            last = joined[-1]
+            if last.path == run.path and last.offset + last.nbytes == run.offset:
+                joined[-1] = Run(last.start, last.nbytes + run.nbytes, last.path, last.offset)
+                continue
+        joined.append(run)
+    return tuple(joined)
+
+
+@dataclass(frozen=True, eq=False)
+class SafetensorsFile:
+    """A `model-*.safetensors` file whose bytes are computed when they are read (VirtualFile)."""
+
+    layout: SafetensorsLayout
+    reader: Reader
+
+    @property
+    def size(self) -> int:
+        return self.layout.size
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        layout = self.layout
+        at, end = offset, offset + len(out)
+        header = len(layout.header)
+        if at < header:
+            count = min(header, end) - at
+            out[:count] = layout.header[at : at + count]
+            at += count
+        i = bisect_right(layout.starts, at) - 1
+        while at < end:
+            start = layout.starts[i]
+            count = min(start + layout.tensors[i].nbytes, end) - at
+            if count > 0:
+                part = out[at - offset : at - offset + count]
+                self.reader.read_tensor(layout.tensors[i].view, at - start, part)
+                at += count
+            i += 1
+
+

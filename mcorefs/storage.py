@@ -1,0 +1,187 @@
+"""Reading spans: file handles, preads that never come short, and where a chunk's elements lie.
+
+Files are read with `pread` into the caller's buffer, never through a mapping: a file truncated
+under a mapping is SIGBUS and would end the daemon, a short read is an error that can be reported.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from mcorefs.boxes import Shape, row_major_strides
+from mcorefs.errors import CheckpointError, ReadFault
+from mcorefs.index import Chunk, Span
+from mcorefs.dtypes import DType
+from mcorefs.torchzip import locate_tensor
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What must stay the same about a file for its bytes to be the same."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(status: os.stat_result) -> FileIdentity:
+        return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a chunk's elements lie in its file; strides in elements."""
+
+    path: str
+    offset: int
+    strides: Shape
+
+
+class _Handle:
+    __slots__ = ("fd", "users")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.users = 0
+
+
+class Storage:
+    """The shard files of one checkpoint, opened as needed and at most `max_open` at a time.
+
+    `identities` are the files as they were when the index was made: a file that is no longer the
+    same is refused with a ReadFault, so that a read never mixes two versions. Thread-safe.
+    """
+
+    def __init__(self, identities: Mapping[str, FileIdentity], max_open: int = 512) -> None:
+        self._identities = identities
+        self._max_open = max_open
+        self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._placed: dict[Span, Placed] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, path: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
+        with self._open(path) as fd:
+            done, want = 0, len(out)
+            while done < want:
+                try:
+                    count = os.preadv(fd, [out[done:]], offset + done)
+                except OSError as problem:
+                    raise ReadFault(
+                        f"{path}: read of {want} bytes at {offset} failed: {problem.strerror}"
+                    ) from None
+                if count == 0:
+                    raise ReadFault(
+                        f"{path}: wanted {want} bytes at {offset} but the file ends after {done}: "
+                        "it was truncated after the checkpoint was opened"
+                    )
+                done += count
+
+    def read(self, path: str, offset: int, nbytes: int) -> bytes:
+        """The bytes [offset, offset + nbytes) of `path`. Raises ReadFault if it cannot."""
+        out = bytearray(nbytes)
+        self.read_into(path, offset, memoryview(out))
+        return bytes(out)
+
+    def place(self, chunk: Chunk, dtype: DType) -> Placed:
+        """Where the elements of `chunk` lie, found on first use and kept.
+
+        Raises CheckpointError (as ReadFault's cause) when the entry contradicts the index.
+        """
+        span = chunk.span
+        placed = self._placed.get(span)
+        if placed is None:
+            placed = self._placed[span] = self._find(chunk, dtype)
+        return placed
+
+    def _find(self, chunk: Chunk, dtype: DType) -> Placed:
+        span, shape = chunk.span, chunk.box.sizes
+        if span.kind == "raw":
+            return Placed(span.path, span.offset, row_major_strides(shape))
+        what = f"{span.path} (entry at byte {span.offset})"
+        try:
+            start, tensor = locate_tensor(
+                lambda offset, count: self.read(span.path, span.offset + offset, count),
+                span.nbytes,
+                what,
+            )
+            if tensor.size != shape or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"{what}: .metadata says {dtype.torch} {list(shape)} but the entry holds "
+                    f"{tensor.dtype.torch} {list(tensor.size)}"
+                )
+        except ReadFault:
+            raise
+        except CheckpointError as problem:
+            raise ReadFault(str(problem)) from None
+        offset = span.offset + start + tensor.offset * dtype.itemsize
+        return Placed(span.path, offset, tensor.stride)
+
+    @contextmanager
+    def _open(self, path: str) -> Iterator[int]:
+        """A descriptor of `path` that stays open inside the block, shared between threads."""
+        with self._lock:
+            handle = self._handles.get(path)
+            if handle is None:
+                handle = self._handles[path] = _Handle(self._open_checked(path))
+            self._handles.move_to_end(path)
+            handle.users += 1
+            self._close_idle(self._max_open)
+        try:
+            yield handle.fd
+        finally:
+            with self._lock:
+                handle.users -= 1
+
+    def _open_checked(self, path: str) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as problem:
+            raise ReadFault(
+                f"{path}: {problem.strerror}; it was there when the checkpoint was opened"
+            ) from None
+        expected = self._identities.get(path)
+        found = FileIdentity.of(os.fstat(fd))
+        if expected is not None and found != expected:
+            os.close(fd)
+            raise ReadFault(
+                f"{path} was replaced after the checkpoint was opened (size {expected.size} then, "
+                f"{found.size} now); unmount and mount again to serve the new one"
+            )
+        return fd
+
+    def _close_idle(self, keep: int) -> None:
+        """Close the handles used longest ago, sparing those in use. Called with the lock held."""
+        if len(self._handles) <= keep:
+            return
+        for path, handle in list(self._handles.items()):
+            if handle.users == 0:
+                os.close(handle.fd)
+                del self._handles[path]
+                if len(self._handles) <= keep:
+                    return
+
+    def close(self) -> None:
+        """Close every file; reads in progress finish first only if their threads have ended."""
+        with self._lock:
+            self._close_idle(0)
+
+
+def regular_file(path: str) -> tuple[FileIdentity | None, str | None]:
+    """Identity of the regular file at `path`, or why there is none: one of the two is None."""
+    try:
+        status = os.lstat(path)
+    except OSError as problem:
+        return None, problem.strerror or "cannot be opened"
+    if stat.S_ISLNK(status.st_mode):
+        return None, "is a symbolic link; pass the directory that holds the files themselves"
+    if not stat.S_ISREG(status.st_mode):
+        return None, "is not a regular file"
+    return FileIdentity.of(status), None

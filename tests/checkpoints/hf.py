@@ -1,0 +1,109 @@
+"""The oracle: a tiny random transformers model, as `save_pretrained` writes it, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from .spec import Spec
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_CORPUS = (
+    "Megatron writes shards; Hugging Face reads tensors. A mount is a promise about bytes.",
+    "The quick brown fox jumps over the lazy dog, and the tokenizer merges what it sees often.",
+    "Ein Gedicht, ein Gewicht, ein Gesicht: 0123456789.",
+)
+
+
+def save_model(spec: Spec, directory: Path) -> None:
+    options = {} if spec.hf_max_shard_size is None else {"max_shard_size": spec.hf_max_shard_size}
+    build_model(spec).save_pretrained(directory, **options)
+
+
+def build_model(spec: Spec) -> PreTrainedModel:
+    """A model whose every tensor is random and unlike every other, norms included."""
+    dtype = TORCH_DTYPES[spec.dtype]
+    model_class = Qwen3MoeForCausalLM if spec.is_moe else Qwen3ForCausalLM
+    with torch.device("meta"):
+        model: PreTrainedModel = model_class(_config(spec)).to(dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    generator = torch.Generator().manual_seed(spec.seed)
+    for name, parameter in model.named_parameters():
+        if spec.fp32_router and name.endswith(".mlp.gate.weight"):
+            parameter.data = parameter.data.float()
+        with torch.no_grad():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(0.0, 0.05, generator=generator)
+    return model
+
+
+def _config(spec: Spec) -> Qwen3Config | Qwen3MoeConfig:
+    common = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(spec.rope_theta)},
+        "tie_word_embeddings": spec.tied,
+        "dtype": TORCH_DTYPES[spec.dtype],
+        "bos_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
+        "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
+    }
+    if not spec.is_moe:
+        return Qwen3Config(**common)
+    return Qwen3MoeConfig(
+        **common,
+        num_experts=spec.experts,
+        num_experts_per_tok=spec.topk,
+        moe_intermediate_size=spec.moe_ffn,
+        norm_topk_prob=spec.norm_topk_prob,
+        decoder_sparse_step=1,
+        mlp_only_layers=[i for i in range(spec.layers) if not spec.has_experts(i)],
+    )
+
+
+def save_tokenizer(spec: Spec, directory: Path) -> None:
+    """A byte-level BPE tokenizer, trained here, whose ids all fit the model's vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(spec.vocab_size, 300),
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=spec.max_positions,
+        chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(directory)

@@ -1,0 +1,357 @@
+"""One rank of the run that saves a checkpoint: real megatron-core modules and its real `save`."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedObject
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+from torch.nn.functional import silu
+from torch.overrides import TorchFunctionMode
+
+from .hf import TORCH_DTYPES
+from .saved_args import saved_args
+from .spec import Spec
+from .weights import HFTensors, Rank, local_tensor
+
+StateDict = dict[str, Any]
+
+
+def prepare() -> None:
+    """Stand in for what megatron-core asks of CUDA on paths that need no GPU; call once, first."""
+
+    def nothing(*_: object, **__: object) -> None:
+        return None
+
+    def parameter_type(parameter: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kind = Tensor.type(parameter, *args, **kwargs)
+        return kind.replace("torch.", "torch.cuda.") if isinstance(kind, str) else kind
+
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
+    torch.cuda.Stream = nothing  # type: ignore[assignment, misc]
+    torch.cuda.synchronize = nothing
+    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    # A synchronous save collects its results in this very process: no need for the server process
+    # that would be spawned for the queue, and would import everything again.
+    filesystem_async._results_queue = queue.Queue()
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
+    torch.nn.Parameter.type = parameter_type  # type: ignore[method-assign, assignment]
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Makes `torch.tensor(..., device="cuda")` and its like build CPU tensors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+def write_rank(
+    spec: Spec, hf: Path, root: Path, final_root: Path, rank: int, rendezvous: Path, timeout_s: float
+) -> None:
+    """Runs in process `rank` of `spec.world`. Writes under `root`; args will say `final_root`."""
+    init_parallel(spec, rank, rendezvous, timeout_s)
+    models = build_models(spec)
+    load(spec, models, hf)
+    directory = root / spec.iteration_dir
+    if rank == 0:
+        directory.mkdir(parents=True)
+    torch.distributed.barrier()
+    tokenizer = spec.tokenizer_model or str(final_root.parent / "tokenizer")
+    _save(spec, models, saved_args(spec, tokenizer, final_root, rank), directory)
+    if rank == 0:
+        (root / "latest_checkpointed_iteration.txt").write_text(str(spec.iteration))
+    destroy_parallel()
+
+
+def init_parallel(spec: Spec, rank: int, rendezvous: Path, timeout_s: float) -> None:
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=spec.world,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=spec.tp,
+        pipeline_model_parallel_size=spec.pp,
+        virtual_pipeline_model_parallel_size=spec.vpp,
+        context_parallel_size=spec.cp,
+        expert_model_parallel_size=spec.ep,
+        expert_tensor_parallel_size=spec.expert_tp,
+        create_gloo_process_groups=False,
+    )
+
+
+def destroy_parallel() -> None:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _config(spec: Spec) -> TransformerConfig:
+    moe: dict[str, Any] = {}
+    if spec.is_moe:
+        moe = {
+            "num_moe_experts": spec.experts,
+            "moe_router_topk": spec.topk,
+            "moe_ffn_hidden_size": spec.moe_ffn,
+            "moe_router_pre_softmax": not spec.norm_topk_prob,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_layer_freq": 1 if spec.moe_layer_freq is None else list(spec.moe_layer_freq),
+        }
+    dtype = TORCH_DTYPES[spec.dtype]
+    return TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden,
+        ffn_hidden_size=spec.ffn,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=spec.tp,
+        pipeline_model_parallel_size=spec.pp,
+        virtual_pipeline_model_parallel_size=spec.vpp,
+        # context_parallel_size stays 1: the local attention refuses more, and no weight depends
+        # on it. The process groups do know of it, which is what the save looks at.
+        expert_model_parallel_size=spec.ep,
+        expert_tensor_parallel_size=spec.expert_tp,
+        num_layers_in_first_pipeline_stage=spec.first_stage_layers,
+        num_layers_in_last_pipeline_stage=spec.last_stage_layers,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=spec.dtype == "bf16",
+        fp16=spec.dtype == "fp16",
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        **moe,
+    )
+
+
+def build_models(spec: Spec) -> list[GPTModel]:
+    """This rank's model, or one per virtual pipeline stage."""
+    config = _config(spec)
+    stages = [None] if spec.vpp is None else list(range(spec.vpp))
+    return [_build_stage(spec, config, stage) for stage in stages]
+
+
+def _build_stage(spec: Spec, config: TransformerConfig, stage: int | None) -> GPTModel:
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
+    )
+    if spec.is_moe and not spec.local_norm_keys:
+        first = get_transformer_layer_offset(config, vp_stage=stage)
+        for layer_number, layer in enumerate(block.layer_specs, first):
+            if spec.has_experts(layer_number):
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=spec.padded_vocab_size,
+        max_sequence_length=spec.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        vp_stage=stage,
+    )
+    model.to(TORCH_DTYPES[spec.dtype])
+    if spec.fp32_router:
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.router.weight"):
+                parameter.data = parameter.data.float()
+    return model
+
+
+@torch.no_grad()
+def load(spec: Spec, models: list[GPTModel], hf: Path) -> None:
+    """Copy this rank's slices of the HF tensors into the models; nothing is converted."""
+    rank = Rank(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+    )
+    with HFTensors(hf) as tensors:
+        for model in models:
+            for name, parameter in _globally_named(model):
+                value = local_tensor(spec, rank, tensors, name)
+                if value.shape != parameter.shape or value.dtype != parameter.dtype:
+                    raise ValueError(
+                        f"{name}: megatron has {parameter.dtype} {tuple(parameter.shape)}, "
+                        f"the HF slice is {value.dtype} {tuple(value.shape)}"
+                    )
+                parameter.copy_(value)
+
+
+def _globally_named(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with the layer's number in the whole model, not in this stage."""
+
+    def global_number(match: re.Match[str]) -> str:
+        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+
+    for name, parameter in model.named_parameters():
+        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), parameter
+
+
+def _content_metadata(spec: Spec) -> StateDict:
+    metadata: StateDict = {
+        "singleton_local_shards": spec.singleton_local_shards,
+        "chained_optim_avoid_prefix": True,
+    }
+    if spec.per_layer_keys:
+        metadata["non_homogeneous_layers"] = True
+    return metadata
+
+
+def model_states(spec: Spec, models: list[GPTModel]) -> StateDict:
+    """The models' sharded state dicts, under the names Megatron-LM gives them."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {**_content_metadata(spec), "dp_cp_group": group}
+    names = ["model"] if len(models) == 1 else [f"model{number}" for number in range(len(models))]
+    return {
+        name: model.sharded_state_dict(metadata=metadata)
+        for name, model in zip(names, models, strict=True)
+    }
+
+
+def _save(spec: Spec, models: list[GPTModel], args: Namespace, directory: Path) -> None:
+    state: StateDict = {
+        **({} if spec.common == "no_args" else {"args": args}),
+        "checkpoint_version": 3.0,
+        "iteration": args.iteration,
+        "num_floating_point_operations_so_far": 1.5e15,
+        **model_states(spec, models),
+    }
+    if spec.optimizer_entries:
+        state["optimizer"] = _optimizer(spec, models).sharded_state_dict(state)
+        state["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 12_800}
+        state["rng_state"] = _rng_state(spec)
+    strategy: Any = TorchDistSaveShardedStrategy(
+        "torch_dist", 1, thread_count=spec.writer_threads
+    )
+    if spec.fully_parallel_save:
+        strategy = FullyParallelSaveStrategyWrapper(
+            strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
+        )
+    if spec.common == "common_state":
+        _save_as_core_0_19(state, directory, strategy, _content_metadata(spec))
+        return
+    dist_checkpointing.save(
+        state,
+        str(directory),
+        strategy,
+        preprocess_common_before_consistancy_check=_without_rank,
+        content_metadata=_content_metadata(spec),
+    )
+
+
+def _save_as_core_0_19(
+    state: StateDict, directory: Path, strategy: Any, metadata: StateDict
+) -> None:
+    """`megatron.core.dist_checkpointing.save` of core_v0.19.0, over 0.16's strategies: the common
+    state is an object among the tensors, and `metadata.json` names one backend."""
+    state["content_metadata"] = metadata
+    sharded, common = save_preprocess(state, True, _without_rank)
+    rank = torch.distributed.get_rank()
+    sharded["common_state"] = ShardedObject("common_state", common, (1,), (0,), replica_id=rank)
+    strategy.save(sharded, directory)
+    if rank == 0:
+        config = {"sharded_backend": strategy.backend, "sharded_backend_version": strategy.version}
+        (directory / "metadata.json").write_text(json.dumps(config))
+    torch.distributed.barrier()
+
+
+def _without_rank(common: StateDict) -> StateDict:
+    """What all ranks must agree on, as Megatron-LM's training loop defines it."""
+    if "args" not in common:
+        return common
+    args = {k: v for k, v in vars(common["args"]).items() if k not in ("rank", "local_rank")}
+    return {**common, "args": args}
+
+
+def _optimizer(spec: Spec, models: list[GPTModel]) -> Any:
+    """Megatron's own optimizer wrapper over Adam, with a state as if it had stepped."""
+    parameters = [p for model in models for p in model.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    adam = torch.optim.Adam([g for g in groups if g["params"]], lr=1e-4)
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=spec.dtype == "bf16", fp16=spec.dtype == "fp16"
+    )
+
+    def init_state(*_: object) -> None:
+        return None
+
+    wrapper: Any
+    if spec.dtype == "fp32":
+        wrapper = FP32Optimizer(adam, config, init_state)
+    else:
+        with _CudaMeansCpu():
+            wrapper = Float16OptimizerWithFloat16Params(adam, config, None, init_state)
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "exp_avg": torch.full_like(parameter, 1e-3),
+                "exp_avg_sq": torch.full_like(parameter, 1e-6),
+            }
+    return wrapper
+
+
+def _rng_state(spec: Spec) -> ShardedObject:
+    """As `get_rng_state` of Megatron-LM's training/checkpointing.py."""
+    states = {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "cuda_rng_state": torch.get_rng_state(),
+        "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    pp = parallel_state.get_pipeline_model_parallel_rank()
+    tp = parallel_state.get_tensor_model_parallel_rank()
+    dp = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    if spec.ep > 1:
+        shape, offset, replica = (spec.pp, spec.tp, spec.dp * spec.cp), (pp, tp, dp), 0
+        return ShardedObject("rng_state", [states], shape, offset, replica_id=replica)
+    return ShardedObject("rng_state", [states], (spec.pp, spec.tp), (pp, tp), replica_id=dp)
+
+

@@ -1,0 +1,121 @@
+"""Fixtures on demand: a cache of written checkpoints, and one writer process for what is missing.
+
+A fixture's directory is named by a hash of all that decides its bytes: the spec, the source of this
+package and the versions of the libraries that write. So there is nothing to invalidate, and the
+cache may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from .spec import SPECS, Spec
+
+GENERATOR_FILES = ("hf.py", "megatron_writer.py", "saved_args.py", "weights.py")
+LIBRARIES = ("megatron-core", "torch", "transformers", "tokenizers")
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_S = 120.0
+SLOWEST_PARAMETERS_PER_S = 2e6
+"""Generous: what a fixture may take beyond TIMEOUT_S, by its number of parameters."""
+
+
+class FixtureError(RuntimeError):
+    """A fixture could not be written; carries the end of the writer's output."""
+
+
+@dataclass(frozen=True)
+class Fixture:
+    spec: Spec
+    directory: Path
+
+    @property
+    def root(self) -> Path:
+        """The Megatron checkpoint root: tracker file and iteration directory."""
+        return self.directory / "root"
+
+    @property
+    def iteration(self) -> Path:
+        return self.root / self.spec.iteration_dir
+
+    @property
+    def hf(self) -> Path:
+        """The `save_pretrained` directory of the model the checkpoint was made from."""
+        return self.directory / "hf"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.directory / "tokenizer"
+
+
+def ensure(names: Iterable[str]) -> dict[str, Fixture]:
+    """The named fixtures, written first if the cache lacks them (all in one process pool)."""
+    cache = cache_directory()
+    fixtures = {
+        name: Fixture(SPECS[name], cache / f"{name}-{_digest(SPECS[name])}") for name in names
+    }
+    if _missing(fixtures):
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / "lock"):
+            write(_missing(fixtures))
+    return fixtures
+
+
+def write(fixtures: Mapping[str, Fixture]) -> None:
+    """Write fixtures to their directories, which must not exist yet."""
+    jobs = [
+        {
+            "name": name,
+            "spec": fixture.spec.to_json(),
+            "directory": str(fixture.directory),
+            "timeout_s": TIMEOUT_S + fixture.spec.parameters() / SLOWEST_PARAMETERS_PER_S,
+        }
+        for name, fixture in fixtures.items()
+    ]
+    if not jobs:
+        return
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run(
+        [sys.executable, "-m", f"{__package__}.launcher"],
+        input=json.dumps(jobs),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        raise FixtureError(f"writing test checkpoints failed:\n{done.stdout[-20_000:]}")
+
+
+def cache_directory() -> Path:
+    configured = os.environ.get("MCOREFS_TEST_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "mcorefs-tests"
+
+
+def _missing(fixtures: Mapping[str, Fixture]) -> dict[str, Fixture]:
+    return {name: f for name, f in fixtures.items() if not f.directory.exists()}
+
+
+def _digest(spec: Spec) -> str:
+    sources = [(Path(__file__).parent / name).read_text() for name in GENERATOR_FILES]
+    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    text = json.dumps([spec.to_json(), sources, versions])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

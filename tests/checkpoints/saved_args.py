@@ -1,0 +1,137 @@
+"""The `args` Namespace that Megatron-LM saves with a checkpoint: plain values, and some that are
+not (dtypes, enums, paths), which a reader must survive without importing their classes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import PurePath
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer.enums import AttnBackend
+
+from .hf import TORCH_DTYPES
+from .spec import Spec
+
+
+def saved_args(spec: Spec, tokenizer: str, root: PurePath, rank: int) -> Namespace:
+    """`root` is where the run believes it saves; `rank` differs between ranks, as it really does."""
+    return Namespace(
+        **_architecture(spec),
+        **_experts(spec),
+        **_parallel(spec),
+        **_run(spec, tokenizer, root, rank),
+    )
+
+
+def _architecture(spec: Spec) -> dict[str, Any]:
+    return {
+        "num_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "ffn_hidden_size": spec.ffn,
+        "num_attention_heads": spec.heads,
+        "group_query_attention": spec.kv_heads != spec.heads,
+        "num_query_groups": spec.kv_heads,
+        "kv_channels": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "seq_length": spec.max_positions // 2,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": False,
+        "rotary_base": spec.rope_theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": None,
+        "use_rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "normalization": "RMSNorm",
+        "apply_layernorm_1p": False,
+        "qk_layernorm": True,
+        **dict.fromkeys(spec.epsilon_names, spec.norm_eps),
+        "swiglu": True,
+        "squared_relu": False,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "untie_embeddings_and_output_weights": not spec.tied,
+        "multi_latent_attention": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "apply_query_key_layer_scaling": False,
+        "init_method_std": 0.02,
+        "window_size": None,
+        "mtp_num_layers": None,
+        "spec": None,
+        "hybrid_override_pattern": None,
+        "is_hybrid_model": False,
+    }
+
+
+def _experts(spec: Spec) -> dict[str, Any]:
+    freq = spec.moe_layer_freq
+    return {
+        "num_experts": spec.experts if spec.is_moe else None,
+        "moe_layer_freq": 1 if freq is None else list(freq),
+        "moe_ffn_hidden_size": spec.moe_ffn if spec.is_moe else None,
+        "moe_shared_expert_intermediate_size": None,
+        "moe_router_topk": spec.topk,
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_topk_scaling_factor": None,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_dtype": "fp32" if spec.fp32_router else None,
+        "moe_aux_loss_coeff": 0.001 if spec.is_moe else 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": spec.is_moe,
+        "moe_latent_size": None,
+    }
+
+
+def _parallel(spec: Spec) -> dict[str, Any]:
+    return {
+        "world_size": spec.world,
+        "tensor_model_parallel_size": spec.tp,
+        "pipeline_model_parallel_size": spec.pp,
+        "virtual_pipeline_model_parallel_size": spec.vpp,
+        "num_layers_per_virtual_pipeline_stage": None,
+        "decoder_first_pipeline_num_layers": spec.first_stage_layers,
+        "decoder_last_pipeline_num_layers": spec.last_stage_layers,
+        "pipeline_model_parallel_layout": None,
+        "context_parallel_size": spec.cp,
+        "expert_model_parallel_size": spec.ep,
+        "expert_tensor_parallel_size": spec.expert_tp,
+        "data_parallel_size": spec.dp,
+        "sequence_parallel": spec.tp > 1,
+    }
+
+
+def _run(spec: Spec, tokenizer: str, root: PurePath, rank: int) -> dict[str, Any]:
+    return {
+        "vocab_size": spec.vocab_size if spec.vocab_size_in_args else None,
+        "padded_vocab_size": spec.padded_vocab_size,
+        "make_vocab_size_divisible_by": spec.vocab_divisible_by,
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": tokenizer,
+        "vocab_file": None,
+        "merge_file": None,
+        "bf16": spec.dtype == "bf16",
+        "fp16": spec.dtype == "fp16",
+        "params_dtype": TORCH_DTYPES[spec.dtype],
+        "fp8": None,
+        "iteration": 0 if spec.iteration == "release" else spec.iteration,
+        "train_iters": 500_000,
+        "consumed_train_samples": 12_800,
+        "micro_batch_size": 1,
+        "global_batch_size": 128,
+        "rank": rank,
+        "local_rank": rank,
+        "ckpt_format": "torch_dist",
+        "ckpt_fully_parallel_save": spec.fully_parallel_save,
+        "use_distributed_optimizer": False,
+        "no_save_optim": None if spec.optimizer_entries else True,
+        "save": str(root),
+        "dataloader_save": root / "dataloader",
+        "attention_backend": AttnBackend.auto,
+        "model_type": ModelType.encoder_or_decoder,
+    }

@@ -1,0 +1,197 @@
+"""What a fixture is: one frozen, JSON-able description of a model and of the run that saved it.
+
+A `Spec` holds only facts that change bytes on disk or fields in the saved args. Everything the
+generator does follows from it, so a cache key is a hash of it (see `pool`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Family = Literal["qwen3", "qwen3_moe"]
+DTypeName = Literal["bf16", "fp16", "fp32"]
+Common = Literal["common.pt", "common_state", "no_args"]
+"""Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
+or a file without `args` (Megatron-Bridge, verl)."""
+
+PADDING_VALUE = 777.0
+"""Fills the vocabulary rows that only exist in Megatron: forgetting to cut them is seen at once
+(bf16 stores 776)."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    family: Family = "qwen3"
+
+    # The run: world size is tp * pp * cp * dp; experts ride on the same ranks as ep * etp * pp.
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    ep: int = 1
+    etp: int | None = None
+    """Tensor parallel size inside experts; None is Megatron's default, tp."""
+    cp: int = 1
+    dp: int = 1
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+
+    # The model.
+    layers: int = 4
+    hidden: int = 64
+    heads: int = 8
+    kv_heads: int = 4
+    head_dim: int = 16
+    ffn: int = 96
+    tied: bool = False
+    vocab_size: int = 307
+    vocab_divisible_by: int = 128
+    dtype: DTypeName = "bf16"
+    max_positions: int = 512
+    rope_theta: int = 1_000_000
+    norm_eps: float = 1e-6
+    experts: int = 8
+    topk: int = 2
+    moe_ffn: int = 48
+    moe_layer_freq: tuple[int, ...] | None = None
+    """1 for a MoE layer, 0 for a dense one; None (all MoE) keeps stacked keys, a list does not."""
+    norm_topk_prob: bool = True
+    fp32_router: bool = False
+    seed: int = 20
+
+    # The save.
+    per_layer_keys: bool = False
+    singleton_local_shards: bool = False
+    fully_parallel_save: bool = False
+    writer_threads: int = 2
+    optimizer_entries: bool = False
+    """Also the real sharded optimizer state and the random number generators' state."""
+    local_norm_keys: bool = False
+    """MoE norm saved as `mlp.linear_fc1.layer_norm_weight`, as megatron's local layer spec does;
+    otherwise `pre_mlp_layernorm.weight`, as every TransformerEngine (GPU) run does."""
+    common: Common = "common.pt"
+    iteration: int | Literal["release"] = 100
+
+    # The saved args.
+    vocab_size_in_args: bool = False
+    epsilon_names: tuple[str, ...] = ("layernorm_epsilon",)
+    """Megatron-LM saves `norm_epsilon` up to 0.15 and `layernorm_epsilon` from 0.16 on."""
+    tokenizer_model: str | None = None
+    """None: the path of the tokenizer made for this fixture. Else this text (say, a hub name)."""
+
+    # The oracle.
+    hf_max_shard_size: str | None = None
+
+    def __post_init__(self) -> None:
+        expert_ranks = self.ep * self.expert_tp * self.pp
+        if self.world % expert_ranks:
+            raise ValueError(f"world {self.world} is not a multiple of ep*etp*pp = {expert_ranks}")
+        if self.moe_layer_freq is not None and len(self.moe_layer_freq) != self.layers:
+            raise ValueError("moe_layer_freq needs one entry per layer")
+
+    @property
+    def world(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    @property
+    def expert_tp(self) -> int:
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def is_moe(self) -> bool:
+        return self.family == "qwen3_moe"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.vocab_divisible_by * self.tp
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def iteration_dir(self) -> str:
+        return "release" if self.iteration == "release" else f"iter_{self.iteration:07d}"
+
+    def has_experts(self, layer: int) -> bool:
+        return self.is_moe and (self.moe_layer_freq is None or self.moe_layer_freq[layer] == 1)
+
+    def parameters(self) -> int:
+        """How many numbers the model holds: to size timeouts and benchmarks."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        moe_layers = sum(self.has_experts(layer) for layer in range(self.layers))
+        expert = 3 * self.hidden * self.moe_ffn
+        dense = 3 * self.hidden * self.ffn
+        embeddings = self.vocab_size * self.hidden * (1 if self.tied else 2)
+        return (
+            embeddings
+            + self.layers * attention
+            + moe_layers * self.experts * expert
+            + (self.layers - moe_layers) * dense
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        return cls().but(**json.loads(text))
+
+    def but(self, **changes: Any) -> Spec:
+        """This spec with some fields changed; lists (from JSON) become tuples."""
+        frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        return dataclasses.replace(self, **frozen)
+
+
+_DENSE = Spec()
+_MOE = Spec(family="qwen3_moe", vocab_size=301)
+
+SPECS: dict[str, Spec] = {
+    # Dense models.
+    "qwen3": _DENSE,
+    "qwen3-tied": _DENSE.but(tied=True, common="no_args", seed=21),
+    "qwen3-tp2": _DENSE.but(tp=2, vocab_size_in_args=True, hf_max_shard_size="60KB", seed=22),
+    "qwen3-tp2-pp2-tied": _DENSE.but(
+        tp=2, pp=2, tied=True, vocab_size=311, epsilon_names=("norm_epsilon",), seed=23
+    ),
+    "qwen3-tp4-gqa2": _DENSE.but(tp=4, kv_heads=2, vocab_divisible_by=32, seed=24),
+    "qwen3-pp2-vpp2": _DENSE.but(pp=2, vpp=2, layers=8, vocab_divisible_by=1, seed=25),
+    "qwen3-pp2-uneven": _DENSE.but(
+        pp=2, layers=5, first_stage_layers=2, last_stage_layers=3, dtype="fp32", seed=26
+    ),
+    "qwen3-dp2": _DENSE.but(dp=2, seed=27),
+    "qwen3-tp2-dp2-fully-parallel": _DENSE.but(
+        tp=2, dp=2, fully_parallel_save=True, optimizer_entries=True, seed=28
+    ),
+    "qwen3-cp2-fp16": _DENSE.but(
+        cp=2, dtype="fp16", epsilon_names=("norm_epsilon", "layernorm_epsilon"), seed=29
+    ),
+    "qwen3-per-layer": _DENSE.but(per_layer_keys=True, iteration="release", seed=30),
+    "qwen3-tp2-singleton": _DENSE.but(tp=2, singleton_local_shards=True, seed=31),
+    "qwen3-tp2-common-state": _DENSE.but(
+        tp=2,
+        common="common_state",
+        iteration=12_345_678,
+        tokenizer_model="Qwen/Qwen3-0.6B",
+        seed=32,
+    ),
+    # Mixtures of experts.
+    "qwen3_moe": _MOE.but(norm_topk_prob=False, seed=40),
+    "qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, local_norm_keys=True, seed=41),
+    "qwen3_moe-tp2-ep2-etp1": _MOE.but(tp=2, ep=2, etp=1, tied=True, seed=42),
+    "qwen3_moe-tp2-pp2-ep2": _MOE.but(
+        tp=2, pp=2, ep=2, etp=1, hf_max_shard_size="100KB", seed=43
+    ),
+    "qwen3_moe-tp2-pp2-ep2-etp2": _MOE.but(
+        tp=2, pp=2, dp=2, ep=2, etp=2, optimizer_entries=True, fully_parallel_save=True, seed=44
+    ),
+    "qwen3_moe-mixed-pp2": _MOE.but(
+        pp=2, moe_layer_freq=(0, 1, 1, 1), fp32_router=True, seed=45
+    ),
+    "qwen3_moe-tp2-ep2-singleton": _MOE.but(
+        tp=2, ep=2, etp=1, singleton_local_shards=True, dtype="fp32", seed=46
+    ),
+    "qwen3_moe-tp2-etp2-per-layer": _MOE.but(
+        tp=2, per_layer_keys=True, common="common_state", seed=47
+    ),
+    "qwen3_moe-fp32-router": _MOE.but(fp32_router=True, iteration="release", seed=48),
+}
