@@ -31,9 +31,7 @@ class Box:
         return (
             len(self.offsets) == len(self.sizes) == len(shape)
             and all(o >= 0 and s >= 0 for o, s in zip(self.offsets, self.sizes, strict=True))
-            and all(
-                o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
-            )
+            and all(o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True))
         )
 
     def intersect(self, other: Box) -> Box | None:
@@ -41,9 +39,7 @@ class Box:
         offsets = tuple(map(max, self.offsets, other.offsets))
         ends = tuple(
             min(o + s, p + t)
-            for o, s, p, t in zip(
-                self.offsets, self.sizes, other.offsets, other.sizes, strict=True
-            )
+            for o, s, p, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(e - o for e, o in zip(ends, offsets, strict=True))
         return Box(offsets, sizes) if all(s > 0 for s in sizes) else None

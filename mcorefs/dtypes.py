@@ -34,7 +34,8 @@ class DType:
         if self.name in _ML_DTYPES:
             import ml_dtypes  # only casts need it
 
-            return np.dtype(getattr(ml_dtypes, _ML_DTYPES[self.name]))
+            scalar: type[np.generic] = getattr(ml_dtypes, _ML_DTYPES[self.name])
+            return np.dtype(scalar)
         return np.dtype(self.torch)
 
 

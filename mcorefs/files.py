@@ -1,4 +1,4 @@
-"""VirtualFile: what a file of the tree is to those who serve it (`mount`, `materialize`, the API)."""
+"""VirtualFile: a file of the tree, to those who serve it (`mount`, `materialize`, the API)."""
 
 from __future__ import annotations
 

@@ -78,12 +78,12 @@ def stored_tensor(
         )
     try:
         tree = _build(filled, whole)
-    except _BadTiling as problem:
+    except _BadTilingError as problem:
         return None, f"{fqn}: {problem}"
     return StoredTensor(fqn, dtype, shape, filled, tree), None
 
 
-class _BadTiling(Exception):
+class _BadTilingError(Exception):
     pass
 
 
@@ -131,7 +131,7 @@ def _node(chunks: list[Chunk], region: Box, first_axis: int) -> _Node | Chunk:
     """Tree over `chunks`, which must tile `region`; their volumes are known to add up."""
     if len(chunks) == 1:
         if chunks[0].box != region:
-            raise _BadTiling(f"chunk {_show(chunks[0].box)} does not fill {_show(region)}")
+            raise _BadTilingError(f"chunk {_show(chunks[0].box)} does not fill {_show(region)}")
         return chunks[0]
     ndim = len(region.sizes)
     for step in range(ndim):
@@ -155,9 +155,7 @@ def _tiles_axis(slabs: dict[tuple[int, int], list[Chunk]], region: Box, axis: in
     return at == region.offsets[axis] + region.sizes[axis]
 
 
-def _slab_node(
-    slabs: dict[tuple[int, int], list[Chunk]], region: Box, axis: int
-) -> _Node:
+def _slab_node(slabs: dict[tuple[int, int], list[Chunk]], region: Box, axis: int) -> _Node:
     starts, stops, children = [], [], []
     for (offset, size), members in sorted(slabs.items(), key=lambda item: item[0]):
         slab = Box(
@@ -179,9 +177,10 @@ def _refuse_overlap(chunks: list[Chunk]) -> None:
             if other.box.offsets and other.box.offsets[0] >= end:
                 break
             if chunk.box.intersect(other.box) is not None:
-                raise _BadTiling(f"chunks {_show(chunk.box)} and {_show(other.box)} overlap")
+                raise _BadTilingError(f"chunks {_show(chunk.box)} and {_show(other.box)} overlap")
 
 
 def _show(box: Box) -> str:
-    return "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True)) + "]"
-
+    return (
+        "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True)) + "]"
+    )

@@ -36,7 +36,7 @@ class StorageLeaf:
         size = out.dtype.itemsize
         if stretch == box.volume and _row_major(placed.strides, box.sizes) and _dense(out):
             start = placed.offset + first * size
-            self.storage.read_into(placed.path, start, memoryview(out).cast("B"))
+            self.storage.read_into(placed.path, start, out.data.cast("B"))
             return
         if stretch * size > GATHER_BYTES and (axis := _longest(box.sizes)) is not None:
             for half, where in _halves(box, axis):
@@ -44,7 +44,7 @@ class StorageLeaf:
             return
         buffer = np.empty(stretch, out.dtype)
         start = placed.offset + first * size
-        self.storage.read_into(placed.path, start, memoryview(buffer).cast("B"))
+        self.storage.read_into(placed.path, start, buffer.data.cast("B"))
         strides = tuple(stride * size for stride in placed.strides)
         out[...] = np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
 

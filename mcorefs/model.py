@@ -101,7 +101,14 @@ def load(path: Path, options: Options) -> Model:
         directory = directory.parent
     generation = configs.generation_config(config, directory, tokenizer.token_ids)
     return Model(
-        location, checkpoint, choice, facts, tuple(tensors), config, generation, tokenizer,
+        location,
+        checkpoint,
+        choice,
+        facts,
+        tuple(tensors),
+        config,
+        generation,
+        tokenizer,
         tuple(remarks),
     )
 

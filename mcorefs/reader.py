@@ -154,7 +154,9 @@ class Reader:
             skip = inside - first * row_bytes
             count = min(rows * row_bytes - skip, end - at)
             flat = tile.reshape(-1).view(np.uint8)
-            np.frombuffer(out, np.uint8)[at - start : at - start + count] = flat[skip : skip + count]
+            np.frombuffer(out, np.uint8)[at - start : at - start + count] = flat[
+                skip : skip + count
+            ]
             at += count
 
 
@@ -196,16 +198,16 @@ def _as_runs(storage: Storage, view: View) -> tuple[Run, ...] | None:
             found.append(run)
             # A piece outside goes through a buffer of the view's own: not straight.
             if len(found) > most or not 0 <= run.start < nbytes:
-                raise _TooMany
+                raise _TooManyError
 
     try:
         view.read_into(Box.whole(view.shape), out, note)
-    except _TooMany:
+    except _TooManyError:
         return None
     return _joined(sorted(found, key=lambda run: run.start))
 
 
-class _TooMany(Exception):
+class _TooManyError(Exception):
     pass
 
 
@@ -250,5 +252,3 @@ class SafetensorsFile:
                 self.reader.read_tensor(layout.tensors[i].view, at - start, part)
                 at += count
             i += 1
-
-

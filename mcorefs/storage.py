@@ -13,12 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 from mcorefs.boxes import Shape, row_major_strides
+from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.index import Chunk, Span
-from mcorefs.dtypes import DType
 from mcorefs.torchzip import locate_tensor
 
 

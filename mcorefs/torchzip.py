@@ -66,9 +66,7 @@ def records(pread: Pread, nbytes: int, what: str) -> Mapping[str, Record]:
     return _parse_directory(directory, count, nbytes, what)
 
 
-def _parse_directory(
-    directory: bytes, count: int, nbytes: int, what: str
-) -> Mapping[str, Record]:
+def _parse_directory(directory: bytes, count: int, nbytes: int, what: str) -> Mapping[str, Record]:
     found: dict[str, Record] = {}
     at = 0
     for _ in range(count):
@@ -166,9 +164,7 @@ def _load_pickle(pread: Pread, record: Record, nbytes: int, what: str) -> object
     return loads(pread(start, record.nbytes), what, storages=True)
 
 
-def _check_byte_order(
-    pread: Pread, members: Mapping[str, Record], nbytes: int, what: str
-) -> None:
+def _check_byte_order(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str) -> None:
     order = members.get("byteorder")
     if order is None:
         return

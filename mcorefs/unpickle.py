@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
@@ -46,19 +46,19 @@ class Inert(metaclass=_Sealed):
     name = ""
     """Dotted name of the class or function in the pickle."""
 
+    args: tuple[object, ...]
+    kwargs: dict[str, object]
+    state: object
+    items: list[object]
+
     def __new__(cls, *args: object, **kwargs: object) -> Inert:
         self = object.__new__(cls)
-        self.args = args
-        self.kwargs = kwargs
-        self.state: object = None
-        self.items: list[object] = []
+        self.args, self.kwargs = args, kwargs
+        self.state, self.items = None, []
         return self
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
-
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -177,7 +177,8 @@ class _Unpickler(pickle.Unpickler):
             return known
         key = (module, name)
         if key not in self._inert:
-            self._inert[key] = _Sealed(name, (Inert,), {"name": f"{module}.{name}"})
+            kind = _Sealed(name, (Inert,), {"name": f"{module}.{name}"})
+            self._inert[key] = cast(type[Inert], kind)
         return self._inert[key]
 
     def persistent_load(self, pid: object) -> Storage:

@@ -160,7 +160,10 @@ class Flatten(_Unary):
     def shape(self) -> Shape:
         end = self.axis + self.count
         return _splice(
-            self.source.shape, self.axis, self.count, (math.prod(self.source.shape[self.axis : end]),)
+            self.source.shape,
+            self.axis,
+            self.count,
+            (math.prod(self.source.shape[self.axis : end]),),
         )
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
@@ -319,9 +322,7 @@ def _merged(part: Array, shape: Shape) -> Array | None:
     return merged if np.may_share_memory(merged, part) else None
 
 
-def _flat_runs(
-    sizes: Shape, box: Box
-) -> Iterator[tuple[tuple[slice | int, ...], int, int]]:
+def _flat_runs(sizes: Shape, box: Box) -> Iterator[tuple[tuple[slice | int, ...], int, int]]:
     """Runs of the flattened axis that make up `box` of axes `sizes`.
 
     Yields (index into the box, start in the flattened axis, length). A run spans as many trailing
@@ -337,4 +338,3 @@ def _flat_runs(
     for index in np.ndindex(*lead):
         start = base + sum(i * s for i, s in zip(index, strides, strict=False))
         yield (*index, *(slice(None),) * (len(sizes) - split)), start, run
-

@@ -26,7 +26,15 @@ from mcorefs.formats.base import Checkpoint
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import load_object
-from mcorefs.unpickle import Attributes, Inert, Metadata, MetadataIndex, TensorProperties, loads, plain
+from mcorefs.unpickle import (
+    Attributes,
+    Inert,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    loads,
+    plain,
+)
 
 COMMON_STATE = "common_state/shard_0_1"
 """ShardedObject("common_state", shape (1,), offset (0,)).unique_key, since megatron-core 0.19."""
@@ -79,9 +87,8 @@ def _read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
     found = loads(data, str(path))
     if not isinstance(found, Metadata):
-        raise CheckpointError(
-            f"{path}: expected torch's checkpoint Metadata, found {getattr(found, 'name', found)!s:.80}"
-        )
+        kind = str(getattr(found, "name", found))
+        raise CheckpointError(f"{path}: expected torch's checkpoint Metadata, found {kind:.80}")
     return found
 
 
@@ -168,9 +175,7 @@ class _StorageTable:
             self._paths[name] = str(self.root / name)
         return Span(self._paths[name], start, nbytes, "torch_zip")
 
-    def check_files(
-        self, tensors: object, problems: list[str]
-    ) -> Mapping[str, FileIdentity]:
+    def check_files(self, tensors: object, problems: list[str]) -> Mapping[str, FileIdentity]:
         """The files that hold `tensors`; each missing or short one is added to `problems`."""
         ends: dict[str, int] = {}
         for tensor in tensors:  # type: ignore[attr-defined]

@@ -1,7 +1,8 @@
 """The vocabulary that families are written in: blocks, rules and config keys that many share.
 
 Formulas: Megatron-LM:megatron/core/transformer/attention.py (query groups), mlp.py (gate and up),
-moe/router.py; checked against Megatron-Bridge:src/megatron/bridge/models/conversion/param_mapping.py.
+moe/router.py; checked against
+Megatron-Bridge:src/megatron/bridge/models/conversion/param_mapping.py.
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def choose(
         family, reasons = fitting[0]
         return Choice(family, tuple(reasons))
     nearest = sorted(weighed, key=lambda item: len(item[2]))[:5]
-    problems = [
-        f"{family.name}: {'; '.join(against) or 'fits'}" for family, _, against in nearest
-    ]
+    problems = [f"{family.name}: {'; '.join(against) or 'fits'}" for family, _, against in nearest]
     which = "several model families fit" if fitting else "no supported model family fits"
     raise MappingError(
         f"{which} the tensors of this checkpoint. If you know which it is, pass --family NAME or "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import cast
 
 from mcorefs.errors import CheckpointError
-from mcorefs.mapping.family import REQUIRED, Facts, Family, Key, Soft
+from mcorefs.mapping.family import REQUIRED, Facts, Family, Soft
 
 NOT_COPIED = ("quantization_config", "transformers_version", "_name_or_path")
 """Reference keys that do not describe the bytes served here."""
@@ -57,38 +57,31 @@ def synthesise(
     problems: list[str] = []
     for name, key in family.config.items():
         stated = _stated(reference, (name, *key.aliases))
-        value = key.value(facts)
-        if isinstance(value, Soft):
-            if stated is not _ABSENT and name != "vocab_size":
-                if not _same(stated, value.value) and value.value is not None:
-                    remarks.append(
-                        f"{name} is {_show(stated)} as in --hf-config "
-                        f"(training used {_show(value.value)})"
-                    )
-                value = Soft(stated)
-            config[name] = value.value
-        elif value is not None:
-            if stated is not _ABSENT and not _same(stated, value):
-                problems.append(
-                    f"{name} is {_show(value)} in the checkpoint but {_show(stated)} in "
-                    "--hf-config: this is not the config of the model that was trained"
-                )
-            config[name] = value
+        found = key.value(facts)
+        if isinstance(found, Soft):
+            # The rows served were counted already: a reference cannot overrule vocab_size.
+            overruled = _ABSENT if name == "vocab_size" else stated
+            config[name], said = _soft(name, found.value, overruled)
+            remarks += said
+        elif found is not None:
+            config[name] = found
+            problems += _contradiction(name, found, stated)
         elif stated is not _ABSENT:
             config[name] = stated
         elif key.default is REQUIRED:
-            problems.append(_unknown(name, key, facts))
+            problems.append(_unknown(name, facts))
         else:
             config[name] = key.default
-            if key.default is not None:
-                assumed.append(f"{name}={_show(key.default)}")
+            assumed += [] if key.default is None else [f"{name}={_show(key.default)}"]
     _add_rope_parameters(config)
     config["torch_dtype"] = config["dtype"] = dtype
     for name in TOKEN_IDS:
         if config.get(name) is None and token_ids.get(name) is not None:
             config[name] = token_ids[name]
     if assumed:
-        remarks.append("assumed, since neither the checkpoint nor --hf-config says: " + ", ".join(assumed))
+        remarks.append(
+            "assumed, since neither the checkpoint nor --hf-config says: " + ", ".join(assumed)
+        )
     return config, remarks, problems
 
 
@@ -142,7 +135,26 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     config["rope_parameters"] = {**described, "rope_theta": config["rope_theta"]}
 
 
-def _unknown(name: str, key: Key, facts: Facts) -> str:
+def _soft(name: str, value: object, stated: object) -> tuple[object, list[str]]:
+    """(what config.json says, remarks) for a key on which a reference has the last word."""
+    if stated is _ABSENT:
+        return value, []
+    if value is None or _same(stated, value):
+        return stated, []
+    remark = f"{name} is {_show(stated)} as in --hf-config (training used {_show(value)})"
+    return stated, [remark]
+
+
+def _contradiction(name: str, value: object, stated: object) -> list[str]:
+    if stated is _ABSENT or _same(stated, value):
+        return []
+    return [
+        f"{name} is {_show(value)} in the checkpoint but {_show(stated)} in --hf-config: "
+        "this is not the config of the model that was trained"
+    ]
+
+
+def _unknown(name: str, facts: Facts) -> str:
     why = "the checkpoint records no training arguments" if not facts.args else "no argument says"
     return (
         f"{name} is unknown: {why}, and tensor shapes cannot show it; pass --hf-config with the "

@@ -117,9 +117,7 @@ def _attention(
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
 
 
-def _check_claims(
-    dims: Mapping[str, int], args: Mapping[str, object], problems: list[str]
-) -> None:
+def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems: list[str]) -> None:
     claims = dict(CLAIMS)
     if args.get("group_query_attention"):  # num_query_groups is 1 by default, even for MHA
         claims["groups"] = ("num_query_groups",)

@@ -95,14 +95,14 @@ def _fill(pattern: str, layer: int, expert: int) -> str:
     return pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-def _apply(
-    rule: Rule, name: str, source: View, facts: Facts, problems: _Problems
-) -> View | None:
+def _apply(rule: Rule, name: str, source: View, facts: Facts, problems: _Problems) -> View | None:
     try:
         view = rule.block(source, facts.dims)
         expected = tuple(facts.dims[dim] for dim in rule.shape)
     except (KeyError, ValueError, IndexError) as problem:
-        problems.add(rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {problem}")
+        problems.add(
+            rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {problem}"
+        )
         return None
     if view.shape != expected:
         problems.add(
@@ -113,9 +113,7 @@ def _apply(
     return view
 
 
-def _place(
-    family: Family, rule: Rule, name: str, layer: int, expert: int, position: int
-) -> object:
+def _place(family: Family, rule: Rule, name: str, layer: int, expert: int, position: int) -> object:
     """Sort key that reproduces the order of save_pretrained."""
     if family.natural_order:
         sorts_as = _fill(rule.sorts_as, layer, expert) if rule.sorts_as else name
@@ -129,9 +127,7 @@ def _place(
 def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Numbers sort as numbers, before words (transformers/core_model_loading.py
     dot_natural_key, for names whose words do not end in digits)."""
-    return [
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")
-    ]
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
 class _Problems:

@@ -77,9 +77,7 @@ def find(
     return _missing(looked, args)
 
 
-def _places(
-    checkpoint: Path, reference: Path | None, args: Mapping[str, object]
-) -> Iterator[Path]:
+def _places(checkpoint: Path, reference: Path | None, args: Mapping[str, object]) -> Iterator[Path]:
     root = checkpoint.parent
     for place in (checkpoint, root):
         yield place

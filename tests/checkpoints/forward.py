@@ -71,9 +71,7 @@ def _hf_logits(fixture: Fixture, tokens: Tensor) -> Tensor:
     return logits
 
 
-def _compare(
-    fixture: Fixture, rank: int, rendezvous: Path, tokens: Tensor, expected: Path
-) -> None:
+def _compare(fixture: Fixture, rank: int, rendezvous: Path, tokens: Tensor, expected: Path) -> None:
     init_parallel(fixture.spec, rank, rendezvous, timeout_s=60)
     actual = _megatron_logits(fixture, tokens)
     if rank == 0:
@@ -89,7 +87,9 @@ def _compare(
 def _megatron_logits(fixture: Fixture, tokens: Tensor) -> Tensor:
     spec = fixture.spec
     state = dist_checkpointing.load(
-        model_states(spec, build_models(spec)), str(fixture.iteration), validate_access_integrity=False
+        model_states(spec, build_models(spec)),
+        str(fixture.iteration),
+        validate_access_integrity=False,
     )
     (model,) = build_models(spec.but(dtype="fp32"))
     model.load_state_dict(state["model"])

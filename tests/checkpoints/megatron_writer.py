@@ -57,16 +57,14 @@ def prepare() -> None:
     # A synchronous save collects its results in this very process: no need for the server process
     # that would be spawned for the queue, and would import everything again.
     filesystem_async._results_queue = queue.Queue()
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     torch.nn.Parameter.type = parameter_type  # type: ignore[method-assign, assignment]
 
 
 class _CudaMeansCpu(TorchFunctionMode):
     """Makes `torch.tensor(..., device="cuda")` and its like build CPU tensors."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
@@ -74,7 +72,13 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 def write_rank(
-    spec: Spec, hf: Path, root: Path, final_root: Path, rank: int, rendezvous: Path, timeout_s: float
+    spec: Spec,
+    hf: Path,
+    root: Path,
+    final_root: Path,
+    rank: int,
+    rendezvous: Path,
+    timeout_s: float,
 ) -> None:
     """Runs in process `rank` of `spec.world`. Writes under `root`; args will say `final_root`."""
     init_parallel(spec, rank, rendezvous, timeout_s)
@@ -264,9 +268,7 @@ def _save(spec: Spec, models: list[GPTModel], args: Namespace, directory: Path) 
         state["optimizer"] = _optimizer(spec, models).sharded_state_dict(state)
         state["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 12_800}
         state["rng_state"] = _rng_state(spec)
-    strategy: Any = TorchDistSaveShardedStrategy(
-        "torch_dist", 1, thread_count=spec.writer_threads
-    )
+    strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=spec.writer_threads)
     if spec.fully_parallel_save:
         strategy = FullyParallelSaveStrategyWrapper(
             strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -353,5 +355,3 @@ def _rng_state(spec: Spec) -> ShardedObject:
         shape, offset, replica = (spec.pp, spec.tp, spec.dp * spec.cp), (pp, tp, dp), 0
         return ShardedObject("rng_state", [states], shape, offset, replica_id=replica)
     return ShardedObject("rng_state", [states], (spec.pp, spec.tp), (pp, tp), replica_id=dp)
-
-

@@ -15,7 +15,7 @@ from .spec import Spec
 
 
 def saved_args(spec: Spec, tokenizer: str, root: PurePath, rank: int) -> Namespace:
-    """`root` is where the run believes it saves; `rank` differs between ranks, as it really does."""
+    """`root`: where the run believes it saves. `rank` differs between ranks, as it really does."""
     return Namespace(
         **_architecture(spec),
         **_experts(spec),

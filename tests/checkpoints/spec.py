@@ -138,7 +138,9 @@ class Spec:
 
     def but(self, **changes: Any) -> Spec:
         """This spec with some fields changed; lists (from JSON) become tuples."""
-        frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        frozen: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()
+        }
         return dataclasses.replace(self, **frozen)
 
 
@@ -178,15 +180,11 @@ SPECS: dict[str, Spec] = {
     "qwen3_moe": _MOE.but(norm_topk_prob=False, seed=40),
     "qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, local_norm_keys=True, seed=41),
     "qwen3_moe-tp2-ep2-etp1": _MOE.but(tp=2, ep=2, etp=1, tied=True, seed=42),
-    "qwen3_moe-tp2-pp2-ep2": _MOE.but(
-        tp=2, pp=2, ep=2, etp=1, hf_max_shard_size="100KB", seed=43
-    ),
+    "qwen3_moe-tp2-pp2-ep2": _MOE.but(tp=2, pp=2, ep=2, etp=1, hf_max_shard_size="100KB", seed=43),
     "qwen3_moe-tp2-pp2-ep2-etp2": _MOE.but(
         tp=2, pp=2, dp=2, ep=2, etp=2, optimizer_entries=True, fully_parallel_save=True, seed=44
     ),
-    "qwen3_moe-mixed-pp2": _MOE.but(
-        pp=2, moe_layer_freq=(0, 1, 1, 1), fp32_router=True, seed=45
-    ),
+    "qwen3_moe-mixed-pp2": _MOE.but(pp=2, moe_layer_freq=(0, 1, 1, 1), fp32_router=True, seed=45),
     "qwen3_moe-tp2-ep2-singleton": _MOE.but(
         tp=2, ep=2, etp=1, singleton_local_shards=True, dtype="fp32", seed=46
     ),

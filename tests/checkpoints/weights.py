@@ -56,7 +56,10 @@ class HFTensors:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -84,7 +87,9 @@ def local_tensor(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     """The value of Megatron parameter `name`, whose layer number is global, expert number local."""
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         head = name == "output_layer.weight" and not spec.tied
-        return _vocabulary(spec, rank, hf, "lm_head.weight" if head else "model.embed_tokens.weight")
+        return _vocabulary(
+            spec, rank, hf, "lm_head.weight" if head else "model.embed_tokens.weight"
+        )
     if name == "decoder.final_layernorm.weight":
         return hf.whole("model.norm.weight")
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)

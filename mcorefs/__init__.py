@@ -1,0 +1,1 @@
+"""Mount Megatron-Core checkpoints as Hugging Face models, without converting them."""

@@ -1,0 +1,1 @@
+"""Canonical Megatron tensors -> a Hugging Face model: tensors, config.json, tokenizer files."""
