@@ -47,6 +47,10 @@ class TileCache:
         self._pending: dict[Hashable, Future[Array]] = {}
         self._lock = threading.Lock()
 
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._tiles
+
     def get(self, key: Hashable, view: View, box: Box, leaf: StorageLeaf) -> Array:
         """Elements `box` of `view`, row-major; kept under `key` while the budget allows."""
         with self._lock:
@@ -121,6 +125,10 @@ class Reader:
         view.read_into(box, out, self._leaf)
         return out
 
+    def close(self) -> None:
+        """Close the shard files."""
+        self._storage.close()
+
     def _way(self, view: View) -> _Straight | _Tiled:
         if moves_only(view) and (found := _as_runs(self._storage, view)) is not None:
             return _Straight(found, tuple(run.start for run in found))
@@ -142,6 +150,7 @@ class Reader:
         size, shape = view.dtype.itemsize, view.shape
         row_bytes = math.prod(shape[tiling.axis + 1 :]) * size
         lead_bytes = shape[tiling.axis] * row_bytes
+        target = np.frombuffer(out, np.uint8)
         at, end = start, start + len(out)
         while at < end:
             lead, inside = divmod(at, lead_bytes)
@@ -150,13 +159,15 @@ class Reader:
             rows = min(tiling.rows, shape[tiling.axis] - first)
             box = _tile_box(shape, tiling.axis, lead, first, rows)
             key = (id(view), lead * tiling.per_lead + number)
-            tile = self._cache.get(key, view, box, self._leaf)
             skip = inside - first * row_bytes
             count = min(rows * row_bytes - skip, end - at)
-            flat = tile.reshape(-1).view(np.uint8)
-            np.frombuffer(out, np.uint8)[at - start : at - start + count] = flat[
-                skip : skip + count
-            ]
+            part = target[at - start : at - start + count]
+            if count == rows * row_bytes and key not in self._cache:
+                # Who asks for the whole tile needs no copy of it kept.
+                view.read_into(box, part.view(view.dtype.carrier).reshape(box.sizes), self._leaf)
+            else:
+                tile = self._cache.get(key, view, box, self._leaf)
+                part[:] = tile.reshape(-1).view(np.uint8)[skip : skip + count]
             at += count
 
 

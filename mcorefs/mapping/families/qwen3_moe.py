@@ -15,6 +15,7 @@ from mcorefs.mapping.blocks import (
     NORM,
     QK_NORM,
     arg,
+    constant,
     dim,
     gated_experts,
     router,
@@ -58,7 +59,7 @@ QWEN3_MOE = Family(
         "decoder_sparse_step": Key(lambda facts: 1),
         "mlp_only_layers": Key(_dense_layers),
         "router_aux_loss_coef": soft_arg("moe_aux_loss_coeff", default=0.001),
-        "output_router_logits": soft_arg(default=False),
+        "output_router_logits": constant(False),
     },
     has=(
         "decoder.layers.*.self_attention.linear_qkv.weight",
