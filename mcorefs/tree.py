@@ -23,6 +23,8 @@ class VirtualTree:
     files: Mapping[str, VirtualFile]
     mtime_ns: int
     """Modification time shown for every file: that of the checkpoint, equal on every machine."""
+    source: str = ""
+    """Names, sizes and times of the shard files behind it: the same text, the same bytes."""
 
 
 def build(model: Model, shard_size: int | str, cache_bytes: int) -> tuple[VirtualTree, Reader]:
@@ -40,5 +42,9 @@ def build(model: Model, shard_size: int | str, cache_bytes: int) -> tuple[Virtua
         files[name] = SafetensorsFile(layout, reader)
     if index is not None:
         files[INDEX] = BytesFile(index)
-    mtime_ns = max(identity.mtime_ns for identity in model.checkpoint.files.values())
-    return VirtualTree(dict(sorted(files.items())), mtime_ns), reader
+    shards = model.checkpoint.files
+    mtime_ns = max(identity.mtime_ns for identity in shards.values())
+    source = "".join(
+        f"{path} {identity.size} {identity.mtime_ns}\n" for path, identity in sorted(shards.items())
+    )
+    return VirtualTree(dict(sorted(files.items())), mtime_ns, source), reader
