@@ -1,0 +1,5 @@
+"""`python -m mcorefs`."""
+
+from mcorefs.cli import main
+
+main()

@@ -1,0 +1,120 @@
+"""`inspect`: what a checkpoint is, whether it is whole, and what a mount would make of it.
+
+Looks as far as it can: a checkpoint that cannot be mounted is described up to what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from mcorefs.errors import CheckpointError, MappingError
+from mcorefs.formats import Checkpoint
+from mcorefs.locate import locate
+from mcorefs.model import Model, Options, load
+
+PARALLEL: Mapping[str, str] = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "CP": "context_parallel_size",
+    "DP": "data_parallel_size",
+}
+"""Names of the parallel sizes among the training arguments."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found. Fields that could not be learnt are None or empty; `problems` says why."""
+
+    path: str
+    format: str
+    iteration: int | None
+    iterations: tuple[str, ...]
+    """All complete iterations beside it."""
+    incomplete: tuple[str, ...]
+    """Iterations that are still being written, or never were finished."""
+    problems: tuple[str, ...] = ()
+    """Why it cannot be mounted; empty if it can."""
+    architecture: str | None = None
+    evidence: tuple[str, ...] = ()
+    """What the family was told by."""
+    parallel: Mapping[str, int] = field(default_factory=dict)
+    """Sizes as the training arguments state them: {"TP": 4, "PP": 2, ...}."""
+    args_source: str | None = None
+    parameters: int | None = None
+    total_bytes: int | None = None
+    """Bytes of all tensors as served."""
+    shard_files: int | None = None
+    shard_bytes: int | None = None
+    """Bytes of the checkpoint's own files that hold weights, whatever else they hold."""
+    chunks: int | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Entries left aside, by kind."""
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+    """Number of tensors of each dtype."""
+    tokenizer: str | None = None
+    """Where the tokenizer is from; None if there is none."""
+    remarks: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def inspect(path: Path, options: Options) -> Inspection:
+    """Describe the checkpoint at `path`.
+
+    Raises CheckpointError where there is none to describe (wrong level, empty, not a checkpoint).
+    """
+    location = locate(path, options.iteration)
+    found = Inspection(
+        str(location.path),
+        location.format.name,
+        location.iteration,
+        tuple(location.complete),
+        tuple(location.incomplete),
+    )
+    try:
+        checkpoint = location.format.index(location.path)
+    except CheckpointError as error:
+        return replace(found, problems=(str(error),))
+    found = _of_checkpoint(found, checkpoint)
+    try:
+        return _of_model(found, load(path, options))
+    except MappingError as error:
+        summary = str(error).partition("\n")[0]
+        return replace(found, problems=(summary, *error.problems))
+    except CheckpointError as error:
+        return replace(found, problems=(str(error),))
+
+
+def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
+    sizes = {short: checkpoint.args.get(name) for short, name in PARALLEL.items()}
+    return replace(
+        found,
+        parallel={short: size for short, size in sizes.items() if isinstance(size, int)},
+        args_source=checkpoint.args_source,
+        shard_files=len(checkpoint.files),
+        shard_bytes=sum(identity.size for identity in checkpoint.files.values()),
+        chunks=sum(len(tensor.chunks) for tensor in checkpoint.tensors.values()),
+        skipped=checkpoint.skipped,
+    )
+
+
+def _of_model(found: Inspection, model: Model) -> Inspection:
+    dtypes: dict[str, int] = {}
+    for tensor in model.tensors:
+        dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    return replace(
+        found,
+        architecture=model.choice.family.architecture,
+        evidence=model.choice.evidence,
+        parameters=sum(tensor.nbytes // tensor.dtype.itemsize for tensor in model.tensors),
+        total_bytes=sum(tensor.nbytes for tensor in model.tensors),
+        dtypes=dtypes,
+        tokenizer=model.tokenizer.source if model.tokenizer.found else None,
+        remarks=model.remarks,
+    )

@@ -1,0 +1,110 @@
+"""The words and numbers in which the command line speaks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mcorefs.inspection import Inspection
+from mcorefs.model import Model
+
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: names in a checkpoint are a stranger's."""
+    return _UNPRINTABLE.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "512MiB", "4GB" or "1000000". Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it as 4GB, 512MiB or 1000000")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def size(count: int) -> str:
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def parameters(count: int) -> str:
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f}{unit}"
+    return f"{count:,}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def summary(model: Model) -> str:
+    total = sum(tensor.nbytes for tensor in model.tensors)
+    elements = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in model.tensors)
+    return (
+        f"{model.choice.family.architecture} from {model.location.path}: "
+        f"{parameters(elements)} parameters, {size(total)}"
+    )
+
+
+def no_tokenizer(model: Model) -> str:
+    return (
+        "  WARNING: no tokenizer. The weights are complete, but text cannot be read or written.\n"
+        f"  Looked in: {model.tokenizer.source}\n"
+        "  Give it with --tokenizer DIR (a directory with tokenizer.json), or with\n"
+        "  --hf-config DIR (the Hugging Face model it came from)."
+    )
+
+
+def how_to_load(mnt: Path) -> str:
+    """The engines prefetch by themselves on NFS and Lustre only, so they are told to
+    (vllm-project/vllm pull 39422; sgl-project/sglang pull 37806)."""
+    return (
+        f'  transformers  AutoModelForCausalLM.from_pretrained("{mnt}", dtype="auto")\n'
+        f"  vLLM          vllm serve {mnt} --safetensors-load-strategy=prefetch\n"
+        f"  SGLang        python -m sglang.launch_server --model-path {mnt} "
+        "--weight-loader-prefetch-checkpoints"
+    )
+
+
+def inspection(found: Inspection) -> Iterator[tuple[str, str]]:
+    """(label, text) for each thing that is known."""
+    yield "checkpoint", found.path
+    yield "format", found.format
+    lines = (
+        ("iteration", None if found.iteration is None else str(found.iteration)),
+        ("iterations", ", ".join(found.iterations)),
+        ("incomplete", ", ".join(found.incomplete)),
+        ("model", found.architecture),
+        ("told by", ", ".join(found.evidence)),
+        ("parameters", found.parameters and parameters(found.parameters)),
+        ("tensors", found.total_bytes and size(found.total_bytes)),
+        ("dtypes", _pairs(found.dtypes)),
+        ("parallel", _pairs(found.parallel)),
+        ("arguments", found.args_source),
+        ("shard files", found.shard_files and _shards(found)),
+        ("left aside", _pairs(found.skipped)),
+    )
+    yield from ((label, text) for label, text in lines if text)
+    if found.architecture:
+        yield "tokenizer", found.tokenizer or "none found (give it with --tokenizer DIR)"
+    yield from (("note", remark) for remark in found.remarks)
+    yield from (("PROBLEM", problem) for problem in found.problems)
+    if not found.problems:
+        yield "verdict", "whole; can be mounted"
+
+
+def _pairs(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {value:,}" for name, value in values.items())
+
+
+def _shards(found: Inspection) -> str:
+    chunks = count(found.chunks or 0, "chunk")
+    return f"{found.shard_files:,} with {chunks}, {size(found.shard_bytes or 0)}"

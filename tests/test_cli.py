@@ -1,0 +1,245 @@
+"""The command line as a person meets it: a process, its output and its status."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mcorefs.mount import mounted
+from mcorefs.wording import parse_size, printable, size
+from tests.checkpoints import Fixture, ensure
+
+MOE, PLAIN = "qwen3_moe-tp2-pp2-ep2", "qwen3-tp2-common-state"
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> dict[str, Fixture]:
+    return ensure([MOE, PLAIN])
+
+
+@pytest.fixture
+def mnt() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="mcorefs-cli-"))
+    yield path
+    while mounted(path) is not None:
+        subprocess.run(["umount", "-l", str(path)], check=False)
+    path.rmdir()
+
+
+def mcorefs(*arguments: object, status: int = 0) -> str:
+    """What the command prints, stdout then stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mcorefs", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == status, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_mount_and_umount(fixtures: dict[str, Fixture], mnt: Path, tmp_path: Path) -> None:
+    fixture = fixtures[MOE]
+    log = tmp_path / "log"
+    said = mcorefs("mount", fixture.root, mnt, "--vocab-size", 301, "--log-file", log)
+    assert said.startswith(f"Qwen3MoeForCausalLM from {fixture.iteration}: 434,496 parameters")
+    for expected in (
+        "512 rows are cut to 301, from --vocab-size",
+        f'AutoModelForCausalLM.from_pretrained("{mnt}", dtype="auto")',
+        f"vllm serve {mnt} --safetensors-load-strategy=prefetch",
+        "--weight-loader-prefetch-checkpoints",
+        f"Unmount: mcorefs umount {mnt}",
+    ):
+        assert expected in said
+    assert (mnt / "model.safetensors").read_bytes()[-1000:] == (
+        sorted(mcorefs_materialized(fixture, tmp_path).glob("*.safetensors"))[-1].read_bytes()
+    )[-1000:]
+    entry = mounted(mnt)
+    assert entry is not None
+    assert entry.options >= {"ro", "nosuid", "nodev", "noexec", "default_permissions"}
+    assert "already a mount point" in mcorefs("mount", fixture.root, mnt, status=1)
+    mcorefs("umount", mnt)
+    assert mounted(mnt) is None
+    assert "not a mount point" in mcorefs("umount", mnt, status=1)
+
+
+def mcorefs_materialized(fixture: Fixture, tmp_path: Path) -> Path:
+    out = tmp_path / "materialized"
+    said = mcorefs("materialize", fixture.root, out, "--vocab-size", 301)
+    assert f"written to {out}: 6 files in" in said
+    return out
+
+
+def test_the_tree_of_a_mount_is_what_materialize_writes(
+    fixtures: dict[str, Fixture], mnt: Path, tmp_path: Path
+) -> None:
+    options = ("--vocab-size", 301, "--shard-size", "100KB", "--dtype", "float32")
+    mcorefs("mount", fixtures[MOE].root, mnt, *options, "--fsname", "hf-mount")
+    mcorefs("materialize", fixtures[MOE].root, tmp_path / "out", *options, "--threads", 3)
+    assert (mnt / "model.safetensors.index.json").exists()
+    subprocess.run(["diff", "-r", str(mnt), str(tmp_path / "out")], check=True)
+    subprocess.run(["cp", "-r", str(mnt), str(tmp_path / "copy")], check=True)
+    subprocess.run(["diff", "-r", str(tmp_path / "copy"), str(tmp_path / "out")], check=True)
+    assert "not empty" in mcorefs("materialize", fixtures[MOE].root, tmp_path / "out", status=1)
+
+
+def test_no_tokenizer_cannot_be_missed(fixtures: dict[str, Fixture], mnt: Path) -> None:
+    root = fixtures[PLAIN].root
+    said = mcorefs("mount", root, mnt)
+    assert "WARNING: no tokenizer" in said
+    assert f"Looked in: {fixtures[PLAIN].iteration}" in said
+    assert "--tokenizer DIR" in said
+    assert "Qwen/Qwen3-0.6B" in (mnt / "TOKENIZER_MISSING.txt").read_text()
+    mcorefs("umount", mnt)
+    refused = mcorefs("mount", root, mnt, "--require-tokenizer", status=1)
+    assert "--require-tokenizer: none found in" in refused
+    assert mounted(mnt) is None
+    given = mcorefs("mount", root, mnt, "--tokenizer", fixtures[PLAIN].tokenizer)
+    assert "WARNING" not in given
+    assert not (mnt / "TOKENIZER_MISSING.txt").exists()
+
+
+def test_inspect(fixtures: dict[str, Fixture]) -> None:
+    said = mcorefs("inspect", fixtures[MOE].root)
+    for expected in (
+        "format  torch_dist",
+        "iteration  100",
+        "model  Qwen3MoeForCausalLM",
+        "parallel  TP 2, PP 2, EP 2, ETP 1",
+        "shard files  8 with 137 chunks",
+        "left aside  _extra_state 72",
+        f"tokenizer  {fixtures[MOE].tokenizer}",
+        "verdict  whole; can be mounted",
+    ):
+        assert expected in said
+    found = json.loads(mcorefs("inspect", "--json", fixtures[PLAIN].root))
+    assert found["iteration"] == 12_345_678
+    assert found["tokenizer"] is None
+    assert "common_state/shard_0_1" in found["args_source"]
+    assert found["problems"] == []
+
+
+def test_inspect_of_a_damaged_checkpoint(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(fixtures[MOE].root, tmp_path / "root"))
+    shards = sorted((root / "iter_0000100").glob("*.distcp"))
+    shards[0].unlink()
+    os.truncate(shards[-1], 100)
+    said = mcorefs("inspect", root, status=1)
+    assert f"shard file {shards[0]}: No such file" in said
+    assert f"shard file {shards[-1]} is cut short: it has 100 bytes" in said
+    assert "whole" not in said
+    found = json.loads(mcorefs("inspect", "--json", root, status=1))
+    assert found["format"] == "torch_dist"
+    (tmp_path / "mnt").mkdir()
+    assert "cut short" in mcorefs("mount", root, tmp_path / "mnt", status=1)
+    assert "cut short" in mcorefs("materialize", root, tmp_path / "out", status=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures[MOE]
+    said = mcorefs("verify", fixture.root, fixture.hf, "--vocab-size", 301)
+    assert "135 tensors equal, 0 different" in said
+    said = mcorefs("verify", fixture.root, fixture.hf, status=1)
+    assert "lm_head.weight has shape [512, 64] in the checkpoint, [301, 64] there" in said
+    assert "133 tensors equal, 2 different" in said
+
+
+def test_wrong_places_and_options(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    assert "is a Hugging Face model directory already" in mcorefs(
+        "inspect", fixtures[MOE].hf, status=1
+    )
+    assert f"{tmp_path} is empty" in mcorefs("inspect", tmp_path, status=1)
+    assert "does not exist" in mcorefs("inspect", tmp_path / "absent", status=1)
+    root = fixtures[MOE].root
+    assert "does not exist. Create it" in mcorefs("mount", root, tmp_path / "absent", status=1)
+    assert "expected one of bfloat16" in mcorefs(
+        "mount", root, tmp_path, "--dtype", "int4", status=1
+    )
+    assert "not supported yet. Supported: qwen3" in mcorefs(
+        "mount", root, tmp_path, "--family", "t5", status=1
+    )
+    assert "'much' is not a size" in mcorefs(
+        "mount", root, tmp_path, "--cache-size", "much", status=2
+    )
+    assert mounted(tmp_path) is None
+
+
+def test_a_failed_start_leaves_nothing(fixtures: dict[str, Fixture], mnt: Path) -> None:
+    root = fixtures[MOE].root
+    said = mcorefs("mount", root, mnt, "--log-file", mnt / "absent/log", status=1)
+    assert "log file" in said
+    assert mounted(mnt) is None
+
+
+def test_help_teaches() -> None:
+    said = mcorefs("--help")
+    for word in ("mount", "umount", "materialize", "inspect", "verify", "mcorefs.open"):
+        assert word in said
+    said = mcorefs("mount", "--help")
+    for option in ("--cache-size", "--hf-config", "--tokenizer", "--allow-other", "--fsname"):
+        assert option in said
+
+
+def test_tab_completion(fixtures: dict[str, Fixture]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mcorefs"],
+        env={
+            **os.environ,
+            "_MCOREFS_COMPLETE": "complete_bash",
+            "COMP_WORDS": "mcorefs ma",
+            "COMP_CWORD": "1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["materialize"]
+
+
+def test_starting_is_cheap(fixtures: dict[str, Fixture]) -> None:
+    """Neither torch nor transformers is imported to mount: they cost seconds."""
+    code = (
+        "import sys; from mcorefs.cli import app\n"
+        f"app(['inspect', {str(fixtures[MOE].root)!r}], standalone_mode=False)\n"
+        "import mcorefs.tree, mcorefs.mount\n"
+        "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_hostile_names_are_shown_harmless() -> None:
+    assert printable("a\x1b[31mred\x07\u202e") == "a\\x1b[31mred\\x07\\x202e"
+    assert printable("two\nlines\tand ü") == "two\nlines\tand ü"
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("7", "4GB", "1.5 KiB", "512mib", "2T")] == [
+        7,
+        4_000_000_000,
+        1536,
+        512 << 20,
+        2_000_000_000_000,
+    ]
+    for wrong in ("", "GB", "-1", "1XB", "1e9"):
+        with pytest.raises(ValueError, match="is not a size"):
+            parse_size(wrong)
+    assert [size(count) for count in (0, 999, 1000, 61_100_000_000)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.0 kB",
+        "61.1 GB",
+    ]
