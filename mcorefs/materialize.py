@@ -20,14 +20,15 @@ from pathlib import Path
 
 from mcorefs.errors import McorefsError, OutputError
 from mcorefs.files import BytesFile, VirtualFile, read_all
-from mcorefs.reader import SafetensorsFile
+from mcorefs.reader import SafetensorsFile, write_all
 from mcorefs.tree import VirtualTree
 
 PARTIAL = ".mcorefs-partial"
 PIECE = 8 << 20
-"""Bytes that one thread reads and writes at a time: what is in memory is this times the threads."""
-SYNC_EVERY = 1 << 30
-"""Bytes after which a file's progress is put on disk: the most that an interruption costs."""
+"""Bytes that one thread copies at a time: what is in memory is at most this times the threads."""
+SYNC_EVERY = 256 << 20
+"""Bytes after which a file's progress is put on disk, while other threads go on: keeps the disk
+busy from the start, and is the most that an interruption costs."""
 _SPARE = 16 << 20
 """Disk space left free, for the file system's own needs."""
 
@@ -177,7 +178,7 @@ class _Part:
         self.file = file
         self._final, self._part = out / name, partial / f"{name}.part"
         self._note = partial / f"{name}.done"
-        self._lock = threading.Lock()
+        self._lock, self._syncing = threading.Lock(), threading.Lock()
         self._fd: int | None = None
         self._ahead: set[int] = set()
         """Pieces on disk beyond `done`, by their start."""
@@ -206,42 +207,48 @@ class _Part:
         for start in range(self.done, self.file.size, PIECE):
             yield start, min(PIECE, self.file.size - start)
 
-    def write(self, start: int, data: memoryview) -> None:
+    def copy(self, start: int, count: int, buffer: memoryview) -> None:
         """Put a piece in its place; the last one completes the file."""
         assert self._fd is not None
-        at = 0
-        while at < len(data):
-            at += os.pwrite(self._fd, data[at:], start + at)
+        if isinstance(self.file, SafetensorsFile):
+            self.file.copy_into(start, count, self._fd, buffer)
+        else:
+            self.file.read_into(start, buffer[:count])
+            write_all(self._fd, buffer[:count], start)
         with self._lock:
             self._ahead.add(start)
             while self.done in self._ahead:
                 self._ahead.remove(self.done)
                 self.done = min(self.done + PIECE, self.file.size)
-            if self.done == self.file.size:
-                self._complete()
-            elif self.done - self._synced >= SYNC_EVERY:
-                self._note_progress()
+            complete = self.done == self.file.size
+            due = complete or self.done - self._synced >= SYNC_EVERY
+            done, self._synced = self.done, self.done if due else self._synced
+        if complete:
+            self._complete()
+        elif due:
+            self._note_progress(done)
 
     def stop(self) -> None:
         """Keep what there is for a later run."""
-        with self._lock:
-            if self._fd is not None:
-                with suppress(OSError):  # the disk may be what failed
-                    self._note_progress()
-                os.close(self._fd)
-                self._fd = None
+        if self._fd is not None:
+            with suppress(OSError):  # the disk may be what failed
+                self._note_progress(self.done)
+            os.close(self._fd)
+            self._fd = None
 
-    def _note_progress(self) -> None:
-        assert self._fd is not None
-        os.fdatasync(self._fd)
-        self._synced = self.done
-        _write_synced(self._note, str(self.done).encode())
+    def _note_progress(self, done: int) -> None:
+        """Make the first `done` bytes safe, and say so; later notes may come to say less."""
+        with self._syncing:
+            if self._fd is not None:  # else it is complete by now
+                os.fdatasync(self._fd)
+                _write_synced(self._note, str(done).encode())
 
     def _complete(self) -> None:
         assert self._fd is not None
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = None
+        with self._syncing:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._fd = None
         self._final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self._part, self._final)
         self._note.unlink(missing_ok=True)
@@ -263,8 +270,7 @@ class _Work:
         try:
             while (piece := self._next()) is not None:
                 part, start, count = piece
-                part.file.read_into(start, buffer[:count])
-                part.write(start, buffer[:count])
+                part.copy(start, count, buffer)
                 self._on_progress(count)
         except BaseException as failure:
             self.failure = self.failure or failure

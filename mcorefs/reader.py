@@ -10,9 +10,10 @@ for that thread, which itself waits for nothing but storage.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -86,6 +87,17 @@ class _Straight:
     runs: tuple[Run, ...]
     starts: tuple[int, ...]
 
+    def pieces(self, start: int, nbytes: int) -> Iterator[tuple[Run, int, int]]:
+        """(run, first byte in it, bytes) for bytes [start, start + nbytes) of the tensor."""
+        at, end = start, start + nbytes
+        i = bisect_right(self.starts, start) - 1
+        while at < end:
+            run = self.runs[i]
+            count = min(run.start + run.nbytes, end) - at
+            yield run, at - run.start, count
+            at += count
+            i += 1
+
 
 @dataclass(frozen=True)
 class _Tiled:
@@ -111,13 +123,31 @@ class Reader:
 
         Raises ReadFault if the source cannot deliver them.
         """
-        way = self._ways.get(id(view))
-        if way is None:
-            way = self._ways[id(view)] = self._way(view)
+        way = self._way_of(view)
         if isinstance(way, _Straight):
-            self._read_runs(way, start, out)
+            done = 0
+            for run, inside, count in way.pieces(start, len(out)):
+                self._storage.read_into(run.path, run.offset + inside, out[done : done + count])
+                done += count
         else:
             self._read_tiles(view, way, start, out)
+
+    def copy_tensor(self, view: View, start: int, nbytes: int, fd: int, at: int) -> int:
+        """Have the kernel copy bytes of the row-major form of `view` to position `at` of file `fd`,
+        where they are bytes of shard files.
+
+        Returns how many it copied from `start` on; the rest must be read and written.
+        """
+        way = self._way_of(view)
+        if not isinstance(way, _Straight):
+            return 0
+        done = 0
+        for run, inside, count in way.pieces(start, nbytes):
+            copied = self._storage.copy_into(run.path, run.offset + inside, count, fd, at + done)
+            done += copied
+            if copied < count:
+                break
+        return done
 
     def read_box(self, view: View, box: Box) -> Array:
         """Elements `box` of `view` as a new array of the dtype's carrier."""
@@ -129,22 +159,16 @@ class Reader:
         """Close the shard files."""
         self._storage.close()
 
+    def _way_of(self, view: View) -> _Straight | _Tiled:
+        way = self._ways.get(id(view))
+        if way is None:
+            way = self._ways[id(view)] = self._way(view)
+        return way
+
     def _way(self, view: View) -> _Straight | _Tiled:
         if moves_only(view) and (found := _as_runs(self._storage, view)) is not None:
             return _Straight(found, tuple(run.start for run in found))
         return _tiling(view.shape, view.dtype.itemsize)
-
-    def _read_runs(self, way: _Straight, start: int, out: memoryview) -> None:
-        at, end = start, start + len(out)
-        i = bisect_right(way.starts, start) - 1
-        while at < end:
-            run = way.runs[i]
-            inside = at - run.start
-            count = min(run.nbytes - inside, end - at)
-            part = out[at - start : at - start + count]
-            self._storage.read_into(run.path, run.offset + inside, part)
-            at += count
-            i += 1
 
     def _read_tiles(self, view: View, tiling: _Tiled, start: int, out: memoryview) -> None:
         size, shape = view.dtype.itemsize, view.shape
@@ -247,19 +271,48 @@ class SafetensorsFile:
         return self.layout.size
 
     def read_into(self, offset: int, out: memoryview) -> None:
-        layout = self.layout
-        at, end = offset, offset + len(out)
-        header = len(layout.header)
-        if at < header:
-            count = min(header, end) - at
-            out[:count] = layout.header[at : at + count]
+        done = self._header_into(offset, out)
+        for view, start, count in self._tensors(offset + done, len(out) - done):
+            self.reader.read_tensor(view, start, out[done : done + count])
+            done += count
+
+    def copy_into(self, offset: int, nbytes: int, fd: int, buffer: memoryview) -> None:
+        """Write the bytes [offset, offset + nbytes) to the same place in file `fd`.
+
+        The kernel copies what it can; the rest goes through `buffer`. Raises ReadFault if the
+        source cannot deliver, another OSError if `fd` cannot take it.
+        """
+        header = memoryview(self.layout.header)[offset : offset + nbytes]
+        at = offset + write_all(fd, header, offset)
+        for view, start, count in self._tensors(at, offset + nbytes - at):
+            done = self.reader.copy_tensor(view, start, count, fd, at)
+            while done < count:
+                part = buffer[: count - done]
+                self.reader.read_tensor(view, start + done, part)
+                done += write_all(fd, part, at + done)
             at += count
-        i = bisect_right(layout.starts, at) - 1
+
+    def _header_into(self, offset: int, out: memoryview) -> int:
+        part = self.layout.header[offset : offset + len(out)]
+        out[: len(part)] = part
+        return len(part)
+
+    def _tensors(self, offset: int, nbytes: int) -> Iterator[tuple[View, int, int]]:
+        """(view, first byte in it, bytes) for each tensor in a range behind the header."""
+        starts, tensors = self.layout.starts, self.layout.tensors
+        at, end = offset, offset + nbytes
+        i = bisect_right(starts, at) - 1
         while at < end:
-            start = layout.starts[i]
-            count = min(start + layout.tensors[i].nbytes, end) - at
+            count = min(starts[i] + tensors[i].nbytes, end) - at
             if count > 0:
-                part = out[at - offset : at - offset + count]
-                self.reader.read_tensor(layout.tensors[i].view, at - start, part)
+                yield tensors[i].view, at - starts[i], count
                 at += count
             i += 1
+
+
+def write_all(fd: int, data: memoryview, at: int) -> int:
+    """Write all of `data` to position `at` of file `fd`; returns its length."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], at + done)
+    return done
