@@ -8,6 +8,7 @@ files equal byte for byte those that transformers would have written.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,10 +44,13 @@ def lay_out(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     by_name = {tensor.name: tensor for tensor in tensors}
+    storages: Counter[str] = Counter()
+    for tensor in tensors:
+        storages[tensor.storage or tensor.name] += tensor.nbytes
     split = split_state_dict_into_shards_factory(
         by_name,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        get_storage_id=lambda tensor: None,
+        get_storage_size=lambda tensor: storages[tensor.storage or tensor.name],
+        get_storage_id=lambda tensor: tensor.storage or None,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_size,
     )

@@ -20,6 +20,9 @@ class HfTensor:
 
     name: str
     view: View
+    storage: str = ""
+    """Tensors of one storage are split among files as one, as save_pretrained does with tensors
+    that share memory; empty: alone."""
 
     @property
     def shape(self) -> Shape:
@@ -62,9 +65,8 @@ def plan(
                 continue
             if dtype is not None and not rule.keeps_dtype:
                 view = to(view, dtype)
-            planned.append(
-                (_place(family, rule, name, layer, expert, position), HfTensor(name, view))
-            )
+            place = _place(family, rule, name, layer, expert, position)
+            planned.append((place, HfTensor(name, view, _storage(rule, layer))))
     problems.unused(set(tensors) - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
     return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
@@ -122,6 +124,12 @@ def _place(family: Family, rule: Rule, name: str, layer: int, expert: int, posit
         return ((1, layer), position, expert)
     in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
     return ((0 if position < in_layers else 2, 0), position, 0)
+
+
+def _storage(rule: Rule, layer: int) -> str:
+    """transformers splits what it holds fused into one tensor per projection, whose parts (the
+    experts) share its memory (transformers/core_model_loading.py Chunk, SplitModulelist)."""
+    return rule.hf.replace("{layer}", str(layer)) if rule.sorts_as else ""
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
