@@ -13,7 +13,7 @@ from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location, locate
 from mcorefs.mapping import config as configs
 from mcorefs.mapping.choose import Choice, choose
-from mcorefs.mapping.facts import gather, true_vocab
+from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.tokenizer import Tokenizer, find
@@ -68,18 +68,14 @@ def load(path: Path, options: Options) -> Model:
     reference = configs.read_reference(options.hf_config)
     checkpoint = location.format.index(location.path)
     canonical = catalog.build(checkpoint.tensors)
+    refused = f"{location.path} cannot be presented as a Hugging Face model:"
+    if not canonical.tensors:
+        raise MappingError(refused, canonical.problems)
     choice = choose(canonical.tensors, options.family, reference)
-    facts, problems = gather(canonical.tensors, checkpoint.args, reference)
-    remarks = list(location.remarks)
-    if "padded_vocab" in facts.dims:
-        vocab, remark, faults = true_vocab(
-            facts.dims["padded_vocab"], checkpoint.args, reference, options.vocab_size
-        )
-        facts = Facts(
-            {**facts.dims, "vocab": vocab}, facts.args, facts.moe_layers, facts.tied, facts.dtype
-        )
-        problems += faults
-        remarks += [remark] if remark else []
+    facts, said, problems = gather(
+        canonical.tensors, checkpoint.args, reference, options.vocab_size
+    )
+    remarks = [*location.remarks, *said]
     tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
     problems += [*canonical.problems, *faults]
     tokenizer = find(options.tokenizer, location.path, options.hf_config, checkpoint.args)

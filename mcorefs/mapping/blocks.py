@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mcorefs.mapping.family import Facts, Key, Rule, Soft
+from mcorefs.mapping.family import Facts, Key, Proven, Rule, Soft
 from mcorefs.views import Flatten, Narrow, Unflatten, View
 
 # -- tensors -------------------------------------------------------------------------------------
@@ -138,24 +138,24 @@ def gated_experts(hf: str) -> tuple[Rule, ...]:
 # -- config.json ---------------------------------------------------------------------------------
 
 
-def dim(name: str) -> Key:
+def dim(name: str, *aliases: str) -> Key:
     """A size that tensor shapes prove."""
-    return Key(lambda facts: facts.dims.get(name))
+    return Key(lambda facts: facts.dims.get(name), aliases=aliases)
 
 
-def arg(*names: str, aliases: tuple[str, ...] = ()) -> Key:
+def arg(*names: str) -> Key:
     """A training argument that decides what the model computes: a reference must agree."""
-    return Key(lambda facts: facts.arg(*names), aliases=aliases)
+    return Key(lambda facts: facts.arg(*names))
 
 
-def soft_arg(*names: str, default: object, aliases: tuple[str, ...] = ()) -> Key:
+def soft_arg(*names: str, default: object) -> Key:
     """A training argument that describes the run, not the model: a reference overrules it."""
 
     def value(facts: Facts) -> Soft | None:
         found = facts.arg(*names)
         return None if found is None else Soft(found)
 
-    return Key(value, default, aliases)
+    return Key(value, default)
 
 
 def constant(value: object) -> Key:
@@ -163,8 +163,10 @@ def constant(value: object) -> Key:
     return Key(lambda facts: Soft(value))
 
 
-def _rope_scaling(facts: Facts) -> object | None:
-    """Megatron-LM:megatron/core/models/common/embeddings/rotary_pos_embedding.py.
+def _rope_scaling(facts: Facts) -> object:
+    """None in effect where the arguments say so: a reference may still extend the context.
+
+    Megatron-LM:megatron/core/models/common/embeddings/rotary_pos_embedding.py.
 
     The factor 8.0 is among the args even when scaling is off; low, high and the original length
     are constants there.
@@ -180,7 +182,17 @@ def _rope_scaling(facts: Facts) -> object | None:
     factor = facts.arg("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
     if isinstance(factor, int | float) and factor != 1:
         return {"rope_type": "linear", "factor": float(factor)}
-    return None
+    return Soft(None)
+
+
+def _tied(facts: Facts) -> object:
+    """A stored output layer is served, whatever a reference says: Megatron stores none where it
+    shares the embedding, but a fine-tuning may have given the model its own."""
+    return True if facts.tied else Proven(False)
+
+
+def _activation(facts: Facts) -> object | None:
+    return "silu" if facts.arg("swiglu") else None
 
 
 def _ffn(facts: Facts) -> object | None:
@@ -195,11 +207,11 @@ BASE_KEYS: Mapping[str, Key] = {
     "hidden_size": dim("hidden"),
     "intermediate_size": Key(_ffn),
     "num_hidden_layers": dim("layers"),
-    "vocab_size": Key(lambda facts: Soft(facts.dims["vocab"])),
-    "tie_word_embeddings": Key(lambda facts: facts.tied),
-    "hidden_act": constant("silu"),
+    "vocab_size": Key(lambda facts: Proven(facts.dims["vocab"])),
+    "tie_word_embeddings": Key(_tied),
+    "hidden_act": Key(_activation, "silu"),
     "rms_norm_eps": arg("layernorm_epsilon", "norm_epsilon"),
-    "rope_theta": arg("rotary_base", aliases=("rope_parameters.rope_theta",)),
+    "rope_theta": arg("rotary_base"),
     "rope_scaling": Key(_rope_scaling, None),
     "max_position_embeddings": soft_arg("max_position_embeddings", "seq_length", default=32768),
     "initializer_range": soft_arg("init_method_std", default=0.02),
@@ -210,11 +222,11 @@ GQA_KEYS: Mapping[str, Key] = {
     "num_attention_heads": dim("heads"),
     "num_key_value_heads": dim("groups"),
     "head_dim": dim("head_dim"),
-    "attention_bias": Key(lambda facts: facts.arg("add_qkv_bias"), False),
+    "attention_bias": Key(lambda facts: False),
 }
 FULL_ATTENTION_KEYS: Mapping[str, Key] = {
-    "use_sliding_window": constant(False),
-    "sliding_window": constant(None),
+    "use_sliding_window": Key(lambda facts: False if facts.args else None, False),
+    "sliding_window": Key(lambda facts: None, None),
 }
 
 DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
@@ -224,6 +236,7 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "rotary_percent": (1, 1.0),
     "rotary_interleaved": (False,),
     "add_bias_linear": (False,),
+    "add_qkv_bias": (False,),
     "layernorm_zero_centered_gamma": (False,),
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),

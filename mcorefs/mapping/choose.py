@@ -27,14 +27,19 @@ def choose(
 
     Raises MappingError, with the evidence and the near misses, where none or several fit.
     """
-    if named is not None:
-        return Choice(_by_name(named, "--family"), (f"--family {named}",))
     model_type = reference.get("model_type")
+    if named is not None:
+        family = _by_name(named, "--family")
+        if model_type not in (None, family.name):
+            raise MappingError(
+                f"--family is {named} but model_type in --hf-config is {model_type}; pass the one "
+                "that is right",
+                [],
+            )
+        return Choice(family, (f"--family {named}",))
     if isinstance(model_type, str):
-        return Choice(
-            _by_name(model_type, "model_type in --hf-config"),
-            (f"model_type {model_type} in --hf-config",),
-        )
+        family = _by_name(model_type, "model_type in --hf-config")
+        return Choice(family, (f"model_type {model_type} in --hf-config",))
     weighed = [(family, *evidence(family, tensors)) for family in FAMILIES]
     fitting = [(family, reasons) for family, reasons, against in weighed if not against]
     if len(fitting) == 1:

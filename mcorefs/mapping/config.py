@@ -10,35 +10,56 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from mcorefs.errors import CheckpointError
-from mcorefs.mapping.family import REQUIRED, Facts, Family, Soft
+from mcorefs.mapping.family import REQUIRED, Facts, Family, Key, Proven, Soft
 
-NOT_COPIED = ("quantization_config", "transformers_version", "_name_or_path")
+NOT_COPIED = ("auto_map", "quantization_config", "transformers_version", "_name_or_path")
 """Reference keys that do not describe the bytes served here."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_reference(directory: Path | None) -> Mapping[str, object]:
-    """config.json of the `--hf-config` directory (or the file itself); empty without one."""
-    if directory is None:
+def read_reference(given: Path | None) -> Mapping[str, object]:
+    """config.json of the `--hf-config` directory (or the file itself), in the hub's spelling;
+    empty without one. Raises CheckpointError where it is no config of a model."""
+    if given is None:
         return {}
-    path = directory if directory.is_file() else directory / "config.json"
+    path = given / "config.json" if given.is_dir() else given
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(
-            f"--hf-config {directory}: there is no config.json; pass the directory of a Hugging "
-            "Face model"
+            f"--hf-config {given}: there is no {path.name}; pass the directory of a Hugging Face "
+            "model"
         ) from None
-    except (OSError, ValueError) as problem:
-        raise CheckpointError(f"--hf-config {path} cannot be read: {problem}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"--hf-config {path}: expected a JSON object")
-    return cast(Mapping[str, object], config)
+    except (OSError, ValueError, RecursionError) as problem:
+        why = getattr(problem, "strerror", None) or f"is not JSON: {problem}"
+        raise CheckpointError(f"--hf-config {path} cannot be read: {why}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"--hf-config {path}: it names no model_type, so it is not the config.json of a model"
+        )
+    return _hub_rope(cast(dict[str, object], config))
+
+
+def _hub_rope(config: dict[str, object]) -> dict[str, object]:
+    """`config` with rope_theta and rope_scaling where it has transformers 5's rope_parameters."""
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling") or parameters
+    if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
+        return config
+    rest = {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")}
+    rest.setdefault("rope_type", scaling.get("type", "default"))
+    found = {k: v for k, v in config.items() if k != "rope_parameters"}
+    found["rope_scaling"] = None if rest["rope_type"] == "default" else rest
+    for described in (parameters, scaling):
+        if isinstance(described, dict) and "rope_theta" in described:
+            found["rope_theta"] = described["rope_theta"]
+    return found
 
 
 def synthesise(
@@ -49,40 +70,63 @@ def synthesise(
     dtype: str,
 ) -> tuple[dict[str, object], list[str], list[str]]:
     """(config.json, remarks on what was assumed or overruled, problems)."""
-    config: dict[str, object] = {"architectures": [family.architecture]}
-    config.update({k: v for k, v in reference.items() if k not in NOT_COPIED})
+    config = {name: value for name, value in reference.items() if name not in NOT_COPIED}
     config["architectures"], config["model_type"] = [family.architecture], family.name
-    assumed: list[str] = []
-    remarks: list[str] = []
-    problems: list[str] = []
-    for name, key in family.config.items():
-        stated = _stated(reference, (name, *key.aliases))
-        found = key.value(facts)
-        if isinstance(found, Soft):
-            # The rows served were counted already: a reference cannot overrule vocab_size.
-            overruled = _ABSENT if name == "vocab_size" else stated
-            config[name], said = _soft(name, found.value, overruled)
-            remarks += said
-        elif found is not None:
-            config[name] = found
-            problems += _contradiction(name, found, stated)
-        elif stated is not _ABSENT:
-            config[name] = stated
-        elif key.default is REQUIRED:
-            problems.append(_unknown(name, facts))
-        else:
-            config[name] = key.default
-            assumed += [] if key.default is None else [f"{name}={_show(key.default)}"]
+    settled = {name: _settle(name, key, facts, reference) for name, key in family.config.items()}
+    for name, found in settled.items():
+        for alias in family.config[name].aliases:
+            config.pop(alias, None)
+        if not found.problem:
+            config[name] = found.value
     _add_rope_parameters(config)
     config["torch_dtype"] = config["dtype"] = dtype
     for name in TOKEN_IDS:
         if config.get(name) is None and token_ids.get(name) is not None:
             config[name] = token_ids[name]
+    remarks = [found.remark for found in settled.values() if found.remark]
+    assumed = [
+        f"{name}={_show(found.value)}" for name, found in settled.items() if found.is_assumed
+    ]
     if assumed:
         remarks.append(
             "assumed, since neither the checkpoint nor --hf-config says: " + ", ".join(assumed)
         )
-    return config, remarks, problems
+    return config, remarks, [found.problem for found in settled.values() if found.problem]
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What config.json says under one key, and what there is to say about that."""
+
+    value: object
+    remark: str = ""
+    problem: str = ""
+    is_assumed: bool = False
+
+
+def _settle(name: str, key: Key, facts: Facts, reference: Mapping[str, object]) -> _Settled:
+    """The value of one key, from what the checkpoint and the reference say."""
+    stated = _stated(reference, (name, *key.aliases))
+    found = key.value(facts)
+    if found is None:
+        if stated is not None:
+            return _Settled(stated)
+        if key.default is REQUIRED:
+            return _Settled(None, problem=_unknown(name, facts))
+        return _Settled(key.default, is_assumed=key.default is not None)
+    value = found.value if isinstance(found, Soft | Proven) else found
+    if _agree(stated, value):
+        return _Settled(value if stated is None else stated)
+    ours, theirs = _show(value), _show(stated)
+    if isinstance(found, Soft):
+        return _Settled(stated, f"{name} is {theirs} as in --hf-config (training used {ours})")
+    if isinstance(found, Proven):
+        return _Settled(value, f"{name} is {ours} as in the checkpoint (--hf-config says {theirs})")
+    problem = (
+        f"{name} is {ours} in the checkpoint but {theirs} in --hf-config: this is not the config "
+        "of the model that was trained"
+    )
+    return _Settled(value, problem=problem)
 
 
 def generation_config(
@@ -104,23 +148,16 @@ def dump(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-_ABSENT = object()
+def _stated(reference: Mapping[str, object], names: tuple[str, ...]) -> object | None:
+    """What the reference says under any of `names`; null says nothing."""
+    return next((v for name in names if (v := reference.get(name)) is not None), None)
 
 
-def _stated(reference: Mapping[str, object], names: tuple[str, ...]) -> object:
-    """What the reference says under any of `names`."""
-    for name in names:
-        outer, _, inner = name.partition(".")
-        value = reference.get(outer, _ABSENT)
-        if inner:
-            value = value.get(inner, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is not _ABSENT:
-            return value
-    return _ABSENT
-
-
-def _same(stated: object, value: object) -> bool:
-    """Equal, numbers to the precision of a float32: args and configs round differently."""
+def _agree(stated: object | None, value: object) -> bool:
+    """Whether a reference does not contradict `value`; numbers to the precision of a float32,
+    since args and configs round differently."""
+    if stated is None:
+        return True
     if isinstance(stated, int | float) and isinstance(value, int | float):
         return bool(stated == value or abs(stated - value) <= 1e-7 * max(abs(stated), abs(value)))
     return stated == value
@@ -133,25 +170,6 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     scaling = config.get("rope_scaling")
     described = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
     config["rope_parameters"] = {**described, "rope_theta": config["rope_theta"]}
-
-
-def _soft(name: str, value: object, stated: object) -> tuple[object, list[str]]:
-    """(what config.json says, remarks) for a key on which a reference has the last word."""
-    if stated is _ABSENT:
-        return value, []
-    if value is None or _same(stated, value):
-        return stated, []
-    remark = f"{name} is {_show(stated)} as in --hf-config (training used {_show(value)})"
-    return stated, [remark]
-
-
-def _contradiction(name: str, value: object, stated: object) -> list[str]:
-    if stated is _ABSENT or _same(stated, value):
-        return []
-    return [
-        f"{name} is {_show(value)} in the checkpoint but {_show(stated)} in --hf-config: "
-        "this is not the config of the model that was trained"
-    ]
 
 
 def _unknown(name: str, facts: Facts) -> str:

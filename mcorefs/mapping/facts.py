@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from mcorefs.mapping.family import Facts
 from mcorefs.views import View
 
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.weight$")
 
@@ -30,22 +31,25 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
 
 
 def gather(
-    tensors: Mapping[str, View], args: Mapping[str, object], reference: Mapping[str, object]
-) -> tuple[Facts, list[str]]:
-    """The facts of canonical `tensors` trained with `args`, and every contradiction found.
+    tensors: Mapping[str, View],
+    args: Mapping[str, object],
+    reference: Mapping[str, object],
+    vocab_size: int | None = None,
+) -> tuple[Facts, list[str], list[str]]:
+    """(facts of canonical `tensors` trained with `args`, remarks, every contradiction found).
 
-    `reference` (a Hugging Face config.json) supplies the head count where nothing else does.
+    `reference` (a Hugging Face config.json) supplies the head count where nothing else does, and
+    the vocabulary's size unless the user gives it as `vocab_size`.
     """
     args = {name: value for name, value in args.items() if value is not None}
     first = _first_layer_with(tensors)
     dims: dict[str, int] = {}
+    remarks: list[str] = []
     problems: list[str] = []
-    layers = {int(m[1]) for name in tensors if (m := _LAYER.match(name))}
-    dims["layers"] = max(layers, default=-1) + 1
-    if gaps := sorted(set(range(dims["layers"])) - layers):
-        problems.append(f"layers {gaps} hold no tensor at all although layer {max(layers)} does")
+    dims["layers"] = _layers(tensors, problems)
     if EMBEDDING in tensors and len(tensors[EMBEDDING].shape) == 2:
         dims["padded_vocab"], dims["hidden"] = tensors[EMBEDDING].shape
+        dims["vocab"] = _vocab(dims["padded_vocab"], args, reference, vocab_size, remarks, problems)
     else:
         problems.append(
             f"{EMBEDDING} is missing or is no matrix: this is not a whole language model"
@@ -59,13 +63,31 @@ def gather(
     _check_claims(dims, args, problems)
     moe_layers = frozenset(int(m[1]) for name in tensors if (m := _ROUTER.match(name)))
     dtype = tensors[EMBEDDING].dtype.torch if EMBEDDING in tensors else "bfloat16"
-    tied = "output_layer.weight" not in tensors
-    if tied and args.get("untie_embeddings_and_output_weights"):
+    tied = HEAD not in tensors
+    untied = args.get("untie_embeddings_and_output_weights")
+    if tied and untied:
         problems.append(
             "the training arguments say untie_embeddings_and_output_weights, but the checkpoint "
-            "holds no output_layer.weight: the last pipeline stage is missing"
+            f"holds no {HEAD}: the last pipeline stage is missing"
         )
-    return Facts(dims, args, moe_layers, tied, dtype), problems
+    elif not tied and untied is not None and not untied:
+        remarks.append(
+            "the training arguments say that the output layer shares the embedding, but the "
+            f"checkpoint stores {HEAD}: it is served as it is, and tie_word_embeddings is false"
+        )
+    return Facts(dims, args, moe_layers, tied, dtype), remarks, problems
+
+
+def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
+    """How many layers there are; a gap is a problem."""
+    layers = {int(m[1]) for name in tensors if (m := _LAYER.match(name))}
+    count = max(layers, default=-1) + 1
+    if count > MAX_LAYERS:
+        problems.append(f"a tensor is named after layer {count - 1}: the checkpoint is damaged")
+        return len(layers)
+    if gaps := sorted(set(range(count)) - layers):
+        problems.append(f"layers {gaps} hold no tensor at all although layer {count - 1} does")
+    return count
 
 
 def _first_layer_with(tensors: Mapping[str, View]) -> Mapping[str, View]:
@@ -124,44 +146,71 @@ def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems:
     if "experts" in dims and "moe_ffn_hidden_size" not in args:
         claims["moe_ffn"] = ("ffn_hidden_size",)
     for name, arguments in claims.items():
-        stated = next((args[a] for a in arguments if a in args), None)
-        if name in dims and stated is not None and _int(stated) != dims[name]:
+        said = next((argument for argument in arguments if argument in args), None)
+        if name in dims and said is not None and _int(args[said]) != dims[name]:
             problems.append(
-                f"{arguments[0]} is {stated} in the training arguments but the tensor shapes "
-                f"say {dims[name]}"
+                f"{said} is {args[said]} in the training arguments but the tensor shapes say "
+                f"{dims[name]}"
             )
 
 
-def true_vocab(
+def _vocab(
     padded: int,
     args: Mapping[str, object],
     reference: Mapping[str, object],
     asked: int | None,
-) -> tuple[int, str | None, list[str]]:
-    """(rows to keep, a remark for the user, problems): where the vocabulary really ends.
+    remarks: list[str],
+    problems: list[str],
+) -> int:
+    """How many rows of the embedding to keep: where the vocabulary really ends.
 
     Megatron pads the embedding to a multiple of make_vocab_size_divisible_by * TP.
     """
     sources: Sequence[tuple[str, object]] = (
         ("--vocab-size", asked),
         ("vocab_size in --hf-config", reference.get("vocab_size")),
-        ("vocab_size in the training arguments", args.get("vocab_size")),
+        ("vocab_size in the training arguments", _trained_vocab(args, padded)),
     )
-    for where, stated in sources:
-        size = _int(stated)
-        if size is None:
-            continue
-        if not 0 < size <= padded:
-            return padded, None, [f"{where} is {size} but the embedding has {padded} rows"]
-        if size < padded:
-            remark = f"the embedding's {padded} rows are cut to {size}, from {where}"
-            return size, remark, []
-        return size, None, []
-    remark = (
-        f"the true vocabulary size is recorded nowhere: all {padded} rows of the embedding are "
-        f"kept, padding included, and vocab_size says {padded} (--vocab-size N cuts them)"
-    )
-    return padded, remark, []
+    known = ((where, size) for where, stated in sources if (size := _int(stated)) is not None)
+    where, size = next(known, ("", None))
+    if size is None:
+        remarks.append(
+            f"the true vocabulary size is recorded nowhere: all {padded} rows of the embedding are "
+            f"kept, padding included, and vocab_size says {padded} (--vocab-size N cuts them)"
+        )
+        return padded
+    most = _most_padding(args)
+    if not 0 < size <= padded:
+        problems.append(
+            f"{where} is {size} but the embedding has {padded} rows; if it is that of the model's "
+            f"tokenizer, pass --vocab-size {padded} to keep all rows"
+        )
+    elif asked is None and most is not None and padded - size > most:
+        problems.append(
+            f"{where} is {size} but the embedding has {padded} rows, and Megatron adds at most "
+            f"{most} rows of padding in such a run: the rest are tokens, which would be lost; "
+            f"pass --vocab-size N (at most {padded}) to say where the vocabulary ends"
+        )
+    elif size < padded:
+        remarks.append(f"the embedding's {padded} rows are cut to {size}, from {where}")
+        return size
+    return padded
+
+
+def _trained_vocab(args: Mapping[str, object], padded: int) -> int | None:
+    """--vocab-size of the training run. Null tokenizers have one more token, the end of a
+    document, up to megatron-core 0.15 (megatron/training/tokenizer/tokenizer.py)."""
+    size = _int(args.get("vocab_size"))
+    if size is not None and size < padded and str(args.get("tokenizer_type")).startswith("Null"):
+        return size + 1
+    return size
+
+
+def _most_padding(args: Mapping[str, object]) -> int | None:
+    """Megatron-LM:megatron/training/vocab_utils.py; None where the run does not say."""
+    multiple = _int(args.get("make_vocab_size_divisible_by"))
+    tp = _int(args.get("tensor_model_parallel_size"))
+    return None if multiple is None or tp is None else multiple * tp - 1
 
 
 def _int(value: object) -> int | None:

@@ -71,6 +71,13 @@ class Soft:
     value: object
 
 
+@dataclass(frozen=True)
+class Proven:
+    """A config value that follows from the tensors served: it overrules a reference config."""
+
+    value: object
+
+
 REQUIRED = object()
 """No sensible default: the checkpoint or --hf-config must say."""
 
@@ -80,11 +87,12 @@ class Key:
     """How one key of config.json is found."""
 
     value: Callable[[Facts], object | None]
-    """From the checkpoint: a value, Soft(value), or None where it does not say."""
+    """From the checkpoint: a value with which a reference must agree, Soft or Proven, or None where
+    it does not say."""
     default: object = REQUIRED
     """Used, and named at mount time, where neither the checkpoint nor a reference says."""
     aliases: tuple[str, ...] = ()
-    """Other names of the key in reference configs; "a.b" is key b of object a."""
+    """Other names of the key in reference configs."""
 
 
 @dataclass(frozen=True)

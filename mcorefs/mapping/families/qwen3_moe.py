@@ -52,7 +52,7 @@ QWEN3_MOE = Family(
         **BASE_KEYS,
         **GQA_KEYS,
         **FULL_ATTENTION_KEYS,
-        "num_experts": dim("experts"),
+        "num_experts": dim("experts", "num_local_experts"),  # as transformers 5 saves it
         "num_experts_per_tok": arg("moe_router_topk"),
         "moe_intermediate_size": dim("moe_ffn"),
         "norm_topk_prob": Key(_normalised, True),
@@ -78,6 +78,7 @@ QWEN3_MOE = Family(
         "moe_router_topk_scaling_factor": (1, 1.0),
         "moe_router_num_groups": (),
         "moe_router_group_topk": (),
+        "moe_apply_probs_on_input": (False,),
     },
     natural_order=True,
 )

@@ -1,0 +1,534 @@
+"""config.json and generation_config.json: what transformers makes of them, against the config of
+the model that each checkpoint was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mcorefs.errors import CheckpointError, MappingError
+from mcorefs.files import read_all
+from mcorefs.model import Model, Options, load
+from mcorefs.tree import build
+from tests.checkpoints import SPECS, Fixture, ensure
+from tests.edited import with_args
+
+NAMES = [name for name, spec in SPECS.items() if spec.common != "no_args"]
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> Mapping[str, Fixture]:
+    return ensure(SPECS)
+
+
+def materialise(model: Model, directory: Path) -> Path:
+    tree, _ = build(model, "50GB", 1 << 20)
+    for name, file in tree.files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(read_all(file))
+    return directory
+
+
+def write_config(model: Model, directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(dict(model.config)))
+    return directory
+
+
+def reference(fixture: Fixture, directory: Path, **changes: object) -> Path:
+    """A directory with the oracle's config.json changed; ... takes a key away."""
+    config = {**json.loads((fixture.hf / "config.json").read_bytes()), **changes}
+    directory.mkdir(exist_ok=True)
+    kept = {name: value for name, value in config.items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def attributes(directory: Path) -> dict[str, Any]:
+    """What transformers knows of the config in `directory`."""
+    from transformers import AutoConfig
+
+    found: dict[str, Any] = AutoConfig.from_pretrained(directory).to_dict()
+    ours = ("transformers_version", "_name_or_path")
+    return {name: value for name, value in found.items() if name not in ours}
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, ...]:
+    with pytest.raises(MappingError) as caught:
+        call()
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def said(model: Model, text: str) -> bool:
+    return any(text in remark for remark in model.remarks)
+
+
+# -- without a reference: all from the checkpoint -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_what_the_model_had(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    model = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size))
+    found = attributes(write_config(model, tmp_path))
+    expected = attributes(fixture.hf)
+    if model.tokenizer.found:
+        expected["pad_token_id"] = 0  # the oracle's config has no tokenizer to ask
+    else:
+        for key in ("bos_token_id", "eos_token_id"):
+            expected[key] = None
+    # What only transformers 4 reads stays as an attribute.
+    extra = {"rope_theta", "rope_scaling", "torch_dtype", "num_experts"} - set(expected)
+    assert {key: value for key, value in found.items() if key not in extra} == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe-mixed-pp2"])
+def test_both_spellings_are_there(fixtures: Mapping[str, Fixture], name: str) -> None:
+    """transformers 4, vLLM and SGLang read the hub's keys, transformers 5 writes others."""
+    fixture = fixtures[name]
+    config = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size)).config
+    assert config["rope_theta"] == 1_000_000
+    assert config["rope_scaling"] is None
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1_000_000}
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    if fixture.spec.is_moe:
+        assert config["num_experts"] == 8
+        assert "num_local_experts" not in config
+    hub = {
+        "architectures", "attention_bias", "attention_dropout", "bos_token_id", "eos_token_id",
+        "head_dim", "hidden_act", "hidden_size", "initializer_range", "intermediate_size",
+        "max_position_embeddings", "model_type", "num_attention_heads", "num_hidden_layers",
+        "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_theta", "sliding_window",
+        "tie_word_embeddings", "torch_dtype", "use_cache", "use_sliding_window", "vocab_size",
+    }  # fmt: skip
+    moe = {
+        "decoder_sparse_step", "mlp_only_layers", "moe_intermediate_size", "norm_topk_prob",
+        "num_experts", "num_experts_per_tok", "output_router_logits", "router_aux_loss_coef",
+    }  # fmt: skip
+    # Every key that Qwen's own config.json has, but for transformers_version and max_window_layers.
+    assert hub | (moe if fixture.spec.is_moe else set()) <= set(config)
+
+
+def test_config_says_the_dtype_that_is_served(fixtures: Mapping[str, Fixture]) -> None:
+    for name, dtype in (
+        ("qwen3-pp2-uneven", "float32"),
+        ("qwen3-cp2-fp16", "float16"),
+        ("qwen3_moe-fp32-router", "bfloat16"),
+    ):
+        assert load(fixtures[name].root, Options()).config["torch_dtype"] == dtype
+        cast = load(fixtures[name].root, Options(dtype="float32")).config
+        assert cast["torch_dtype"] == cast["dtype"] == "float32"
+
+
+LOGITS = (
+    "qwen3",
+    "qwen3-tp2-pp2-tied",
+    "qwen3_moe",  # norm_topk_prob false
+    "qwen3_moe-tp2-ep2-etp1",  # tied, norm_topk_prob true
+    "qwen3_moe-mixed-pp2",
+)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_the_model_computes_the_same_logits(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    fixture = fixtures[name]
+    loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size))
+    materialise(loaded, tmp_path)
+    tokens = torch.arange(0, fixture.spec.vocab_size, 7)[None]
+
+    def logits(directory: Path) -> torch.Tensor:
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        assert not any(info.values())
+        with torch.no_grad():
+            found: torch.Tensor = model(tokens).logits
+        return found
+
+    expected = logits(fixture.hf)
+    assert torch.equal(logits(tmp_path), expected)
+    # The test would see a wrong key: these change no tensor, only what is computed with them.
+    for key, value in {"rms_norm_eps": 1e-2, "rope_theta": 1e4, "norm_topk_prob": True}.items():
+        config = dict(loaded.config)
+        if config.get(key, value) != value:
+            config[key] = value
+            config.pop("rope_parameters")
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            assert not torch.equal(logits(tmp_path), expected), key
+
+
+def test_what_is_assumed_is_said(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    gone = ("max_position_embeddings", "seq_length", "init_method_std", "attention_dropout")
+    root = with_args(fixtures["qwen3"], tmp_path, **dict.fromkeys(gone, ...))
+    model = load(root, Options(vocab_size=307))
+    (assumed,) = [remark for remark in model.remarks if remark.startswith("assumed")]
+    for text in ("max_position_embeddings=32768", "initializer_range=0.02"):
+        assert text in assumed
+    assert "rope_theta" not in assumed
+    everything = load(fixtures["qwen3"].root, Options(vocab_size=307))
+    assert not said(everything, "assumed")
+
+
+def test_sequence_length_stands_in_for_the_position_limit(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(fixtures["qwen3"], tmp_path, max_position_embeddings=...)
+    assert load(root, Options()).config["max_position_embeddings"] == 256
+    assert load(fixtures["qwen3"].root, Options()).config["max_position_embeddings"] == 512
+
+
+def test_llama3_rope_scaling(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    root = with_args(
+        fixtures["qwen3"],
+        tmp_path,
+        use_rope_scaling=True,
+        rope_scaling_factor=4.0,
+        max_position_embeddings=32768,
+    )
+    model = load(root, Options(vocab_size=307))
+    rope = attributes(write_config(model, tmp_path / "config"))["rope_parameters"]
+    assert rope == {
+        "rope_type": "llama3",
+        "rope_theta": 1_000_000,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    assert model.config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
+
+
+def test_linear_rope_scaling(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    root = with_args(fixtures["qwen3"], tmp_path, rotary_seq_len_interpolation_factor=2)
+    config = load(root, Options()).config
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("normalization", "LayerNorm"),
+        ("swiglu", False),
+        ("position_embedding_type", "learned_absolute"),
+        ("position_embedding_type", "yarn"),
+        ("rotary_percent", 0.5),
+        ("rotary_interleaved", True),
+        ("add_bias_linear", True),
+        ("add_qkv_bias", True),
+        ("apply_layernorm_1p", True),
+        ("layernorm_zero_centered_gamma", True),
+        ("window_size", [128, 0]),
+        ("multi_latent_attention", True),
+        ("attention_output_gate", True),
+    ],
+)
+def test_arguments_that_mean_another_model_are_refused(
+    fixtures: Mapping[str, Fixture], name: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures["qwen3"], tmp_path, **{name: value})
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert f"{name}={value!r}" in problem
+    assert "Qwen3ForCausalLM cannot express" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_router_topk_scaling_factor", 2.5),
+        ("moe_router_num_groups", 4),
+        ("moe_apply_probs_on_input", True),
+    ],
+)
+def test_moe_arguments_that_mean_another_model_are_refused(
+    fixtures: Mapping[str, Fixture], name: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures["qwen3_moe"], tmp_path, **{name: value})
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert f"{name}={value!r}" in problem
+
+
+# -- vocabulary -----------------------------------------------------------------------------------
+
+
+def test_vocabulary_is_cut_where_args_or_reference_say(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    model = load(fixtures["qwen3-tp2"].root, Options())
+    assert model.config["vocab_size"] == 307
+    assert said(model, "512 rows are cut to 307, from vocab_size in the training arguments")
+    given = reference(fixtures["qwen3"], tmp_path)
+    model = load(fixtures["qwen3"].root, Options(hf_config=given))
+    assert model.config["vocab_size"] == 307
+    assert said(model, "cut to 307, from vocab_size in --hf-config")
+
+
+def test_the_user_has_the_last_word_on_the_vocabulary(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures["qwen3"], tmp_path)
+    model = load(fixtures["qwen3"].root, Options(hf_config=given, vocab_size=310))
+    assert model.config["vocab_size"] == 310
+    assert said(model, "vocab_size is 310 as in the checkpoint (--hf-config says 307)")
+
+
+def test_a_vocabulary_larger_than_the_embedding_is_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures["qwen3"], tmp_path, vocab_size=151936)
+    (problem,) = refusal(lambda: load(fixtures["qwen3"].root, Options(hf_config=given)))
+    for text in ("151936", "384 rows", "--vocab-size 384"):
+        assert text in problem
+    kept = load(fixtures["qwen3"].root, Options(hf_config=given, vocab_size=384))
+    assert kept.config["vocab_size"] == 384
+    for asked in (Options(vocab_size=0), Options(vocab_size=-1), Options(vocab_size=385)):
+        with pytest.raises(MappingError, match=f"--vocab-size is {asked.vocab_size} but"):
+            load(fixtures["qwen3"].root, asked)
+
+
+def test_rows_that_cannot_be_padding_are_not_cut_unasked(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """A reference from before tokens were added: 384 rows are no padding of 256."""
+    given = reference(fixtures["qwen3"], tmp_path, vocab_size=256)
+    (problem,) = refusal(lambda: load(fixtures["qwen3"].root, Options(hf_config=given)))
+    for text in ("256", "384 rows", "at most 127 rows of padding", "--vocab-size"):
+        assert text in problem
+    assert load(fixtures["qwen3"].root, Options(vocab_size=256)).config["vocab_size"] == 256
+
+
+def test_null_tokenizers_have_one_token_more(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(fixtures["qwen3"], tmp_path, tokenizer_type="NullTokenizer", vocab_size=306)
+    assert load(root, Options()).config["vocab_size"] == 307
+
+
+# -- with a reference -----------------------------------------------------------------------------
+
+
+def test_checkpoints_without_args_need_a_reference(fixtures: Mapping[str, Fixture]) -> None:
+    problems = refusal(lambda: load(fixtures["qwen3-tied"].root, Options()))
+    for key in ("rope_theta", "rms_norm_eps"):
+        (problem,) = [p for p in problems if p.startswith(f"{key} is unknown")]
+        assert "records no training arguments" in problem
+        assert "--hf-config" in problem
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_reference_gives_what_megatron_does_not_record(
+    fixtures: Mapping[str, Fixture], as_file: bool, tmp_path: Path
+) -> None:
+    fixture = fixtures["qwen3-tied"]
+    given = fixture.hf / "config.json" if as_file else fixture.hf
+    model = load(fixture.root, Options(hf_config=given))
+    expected = attributes(fixture.hf)
+    found = attributes(write_config(model, tmp_path))
+    extra = {"rope_theta", "rope_scaling", "torch_dtype"} - set(expected)
+    assert {key: value for key, value in found.items() if key not in extra} == expected
+    assert model.config["rope_theta"] == 1_000_000
+    assert model.config["tie_word_embeddings"] is True
+
+
+CONFLICTS: Mapping[str, tuple[object, str]] = {
+    "hidden_size": (128, "64"),
+    "num_hidden_layers": (5, "4"),
+    "num_attention_heads": (16, "8"),
+    "num_key_value_heads": (8, "4"),
+    "head_dim": (32, "16"),
+    "intermediate_size": (100, "96"),
+    "rms_norm_eps": (1e-5, "1e-06"),
+    "rope_theta": (10_000, "1000000"),
+    "hidden_act": ("gelu", '"silu"'),
+    "attention_bias": (True, "false"),
+    "use_sliding_window": (True, "false"),
+}
+
+
+def test_all_conflicts_are_told_at_once(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    wrong = {name: theirs for name, (theirs, _) in CONFLICTS.items()}
+    given = reference(fixtures["qwen3"], tmp_path, rope_parameters=..., **wrong)
+    problems = refusal(lambda: load(fixtures["qwen3"].root, Options(hf_config=given)))
+    assert len(problems) == len(CONFLICTS)
+    for name, (theirs, ours) in CONFLICTS.items():
+        (problem,) = [p for p in problems if p.startswith(f"{name} is ")]
+        assert f"{name} is {ours} in the checkpoint but {json.dumps(theirs)} in --hf" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "theirs", "ours"),
+    [
+        ("num_local_experts", 16, "8"),
+        ("moe_intermediate_size", 96, "48"),
+        ("num_experts_per_tok", 4, "2"),
+        ("norm_topk_prob", False, "true"),
+        ("mlp_only_layers", [1], "[0]"),
+        ("decoder_sparse_step", 2, "1"),
+    ],
+)
+def test_moe_conflicts(
+    fixtures: Mapping[str, Fixture], key: str, theirs: object, ours: str, tmp_path: Path
+) -> None:
+    fixture = fixtures["qwen3_moe-mixed-pp2"]
+    given = reference(fixture, tmp_path, **{key: theirs})
+    (problem,) = refusal(lambda: load(fixture.root, Options(hf_config=given)))
+    assert f"is {ours} in the checkpoint but {json.dumps(theirs)} in --hf-config" in problem
+
+
+def test_a_reference_overrules_what_changes_no_output(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures["qwen3"], tmp_path, max_position_embeddings=40960, use_cache=False)
+    model = load(fixtures["qwen3"].root, Options(hf_config=given))
+    assert model.config["max_position_embeddings"] == 40960
+    assert said(model, "max_position_embeddings is 40960 as in --hf-config (training used 512)")
+    assert model.config["use_cache"] is False
+
+
+def test_reference_keys_that_are_not_ours_are_kept_or_dropped(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(
+        fixtures["qwen3"],
+        tmp_path,
+        my_key={"a": [1]},
+        quantization_config={"quant_method": "fp8"},
+        auto_map={"AutoConfig": "evil.Config"},
+        dtype="float32",
+        eos_token_id=[2, 0],
+        head_dim=None,
+    )
+    config = load(fixtures["qwen3"].root, Options(hf_config=given)).config
+    assert config["my_key"] == {"a": [1]}
+    assert config["eos_token_id"] == [2, 0]
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert config["head_dim"] == 16  # null in a reference says nothing
+    assert not {"quantization_config", "auto_map", "transformers_version"} & set(config)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": {**YARN, "rope_theta": 1_000_000.0}},
+        {"rope_parameters": ..., "rope_theta": 1_000_000, "rope_scaling": YARN},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "rope_theta": 1_000_000,
+            "rope_scaling": {"type": "yarn", **{k: v for k, v in YARN.items() if k != "rope_type"}},
+        },
+        {"rope_parameters": {**YARN, "rope_theta": 1_000_000.0}, "rope_scaling": None},
+    ],
+)
+def test_rope_scaling_of_a_reference_survives(
+    fixtures: Mapping[str, Fixture], spelling: Mapping[str, object], tmp_path: Path
+) -> None:
+    given = reference(
+        fixtures["qwen3"], tmp_path / "given", max_position_embeddings=2048, **spelling
+    )
+    model = load(fixtures["qwen3"].root, Options(hf_config=given))
+    assert model.config["rope_scaling"] == YARN
+    assert said(model, "rope_scaling is {")
+    rope = attributes(write_config(model, tmp_path / "ours"))["rope_parameters"]
+    assert rope == {**YARN, "rope_theta": 1_000_000}
+    expected = attributes(given)["rope_parameters"]
+    assert rope == {name: value for name, value in expected.items() if name != "type"}
+
+
+def test_rope_conflicts_are_seen_in_both_spellings(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(
+        fixtures["qwen3"], tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 5e6}
+    )
+    (problem,) = refusal(lambda: load(fixtures["qwen3"].root, Options(hf_config=given)))
+    assert "rope_theta is 1000000 in the checkpoint but 5000000.0 in --hf-config" in problem
+    scaled = with_args(fixtures["qwen3"], tmp_path, use_rope_scaling=True)
+    reference(fixtures["qwen3"], given, rope_parameters={**YARN, "rope_theta": 1e6})
+    (problem,) = refusal(lambda: load(scaled, Options(hf_config=given)))
+    assert "rope_scaling is {" in problem
+    assert "llama3" in problem
+    assert "yarn" in problem
+
+
+def test_a_stored_output_layer_is_served_whatever_is_said(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """A tied model whose fine-tuning stored a head of its own: the tensors decide."""
+    given = reference(fixtures["qwen3"], tmp_path, tie_word_embeddings=True)
+    root = with_args(fixtures["qwen3"], tmp_path, untie_embeddings_and_output_weights=False)
+    model = load(root, Options(hf_config=given))
+    assert model.config["tie_word_embeddings"] is False
+    assert "lm_head.weight" in {tensor.name for tensor in model.tensors}
+    assert said(model, "the checkpoint stores output_layer.weight")
+    assert said(model, "tie_word_embeddings is false as in the checkpoint")
+
+
+def test_a_missing_output_layer_is_seen(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures["qwen3-tp2-pp2-tied"]
+    root = with_args(fixture, tmp_path, untie_embeddings_and_output_weights=True)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert "holds no output_layer.weight" in problem
+    given = reference(fixture, tmp_path, tie_word_embeddings=False)
+    (problem,) = refusal(lambda: load(fixture.root, Options(hf_config=given)))
+    assert problem.startswith("tie_word_embeddings is true in the checkpoint but false in --hf")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "there is no config.json"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "names no model_type"),
+        ('{"tokenizer_class": "X"}', "names no model_type"),
+        ('{"model_type": "llama"}', "not supported yet. Supported: qwen3, qwen3_moe"),
+    ],
+)
+def test_references_that_cannot_be_used(
+    fixtures: Mapping[str, Fixture], content: str | None, why: str, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises((CheckpointError, MappingError), match=why):
+        load(fixtures["qwen3"].root, Options(hf_config=tmp_path))
+
+
+def test_generation_config_is_the_references_own(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures["qwen3"], tmp_path)
+    text = b'{"eos_token_id": [2, 0],\n "temperature": 0.6}'
+    (given / "generation_config.json").write_bytes(text)
+    for path in (given, given / "config.json"):
+        assert load(fixtures["qwen3"].root, Options(hf_config=path)).generation_config == text
+
+
+def test_generation_config_without_one(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    given = reference(fixtures["qwen3"], tmp_path, eos_token_id=[2, 0])
+    for hf_config, eos in ((None, 2), (given, [2, 0])):
+        model = load(fixtures["qwen3"].root, Options(hf_config=hf_config))
+        (tmp_path / "generation_config.json").write_bytes(model.generation_config)
+        found = GenerationConfig.from_pretrained(tmp_path)
+        assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (0, eos, 0)
+        (tmp_path / "generation_config.json").unlink()
+
+
+def test_unknown_dtype_is_refused(fixtures: Mapping[str, Fixture]) -> None:
+    with pytest.raises(CheckpointError, match="--dtype int8: expected one of bfloat16"):
+        load(fixtures["qwen3"].root, Options(dtype="int8"))
