@@ -79,6 +79,13 @@ def load(path: Path, options: Options) -> Model:
     tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
     problems += [*canonical.problems, *faults]
     tokenizer = find(options.tokenizer, location.path, options.hf_config, checkpoint.args)
+    if tokenizer.largest_id is not None and tokenizer.largest_id >= facts.dims.get(
+        "vocab", 1 << 62
+    ):
+        remarks.append(
+            f"the tokenizer in {tokenizer.source} has ids up to {tokenizer.largest_id} but the "
+            f"model only {facts.dims['vocab']} tokens: is it the one that was trained with?"
+        )
     config: Mapping[str, object] = {}
     if "vocab" in facts.dims:
         config, said, faults = configs.synthesise(

@@ -7,6 +7,7 @@ tree says so, and carries a tokenizer.json that makes loading one fail with the 
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,13 +18,18 @@ from mcorefs.mapping.config import dump
 
 MISSING_FILE = "TOKENIZER_MISSING.txt"
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""A directory that holds one of these holds a tokenizer."""
+VOCABULARIES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
+"""A directory that holds the files of one of these holds a tokenizer."""
 
 COMPANIONS = (
-    *VOCABULARIES,
+    *(name for names in VOCABULARIES for name in names),
     "tokenizer_config.json",
-    "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -32,7 +38,13 @@ COMPANIONS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-FOLDERS = ("additional_chat_templates",)
+TEMPLATES = "additional_chat_templates"
+MAX_BYTES = 256 << 20
+
+GPT2_CONFIG: Mapping[str, object] = {
+    "tokenizer_class": "GPT2Tokenizer",
+    **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Tokenizer:
     found: bool
     token_ids: Mapping[str, object]
     """bos_token_id, eos_token_id and pad_token_id as far as the files say."""
+    largest_id: int | None = None
+    """The largest token id that the files name."""
 
 
 def find(
@@ -59,29 +73,28 @@ def find(
     Raises CheckpointError where `given` holds none.
     """
     if given is not None:
-        if files := _collect(given):
-            return _found(files, str(given))
-        raise CheckpointError(
-            f"--tokenizer {given}: no tokenizer there; expected one of {', '.join(VOCABULARIES)}"
-        )
-    looked: list[str] = []
+        found = _open(given, args)
+        if isinstance(found, Tokenizer):
+            return found
+        raise CheckpointError(f"--tokenizer {given}: {found}")
+    looked: dict[str, str] = {}
     for place in _places(checkpoint, reference, args):
-        if str(place) in looked:
-            continue
-        looked.append(str(place))
-        if files := _collect(place):
-            return _found(files, str(place))
-    gpt2 = _vocab_and_merges(args)
-    if gpt2:
-        return _found(gpt2, str(args.get("vocab_file")))
-    return _missing(looked, args)
+        if str(place) not in looked:
+            found = _open(place, args)
+            if isinstance(found, Tokenizer):
+                return found
+            looked[str(place)] = found
+    return _vocab_and_merges(args) or _missing(looked, args)
 
 
 def _places(checkpoint: Path, reference: Path | None, args: Mapping[str, object]) -> Iterator[Path]:
+    """Megatron-LM saves into `tokenizer`, ms-swift beside the iterations, verl into `huggingface`
+    beside them."""
     root = checkpoint.parent
     for place in (checkpoint, root):
         yield place
         yield place / "tokenizer"
+    yield root / "huggingface"
     if reference is not None:
         yield reference if reference.is_dir() else reference.parent
     named = args.get("tokenizer_model")
@@ -89,86 +102,161 @@ def _places(checkpoint: Path, reference: Path | None, args: Mapping[str, object]
         yield Path(named)
 
 
-def _collect(place: Path) -> dict[str, bytes]:
-    """The tokenizer files in directory `place`, or of the file `place` and those beside it."""
-    directory = place.parent if place.is_file() else place
-    if (directory / MISSING_FILE).exists():  # written by mcorefs: the tokenizer.json is a refusal
-        return {}
+def _open(place: Path, args: Mapping[str, object]) -> Tokenizer | str:
+    """The tokenizer in directory `place` or of the file `place`, or why there is none."""
+    try:
+        if place.is_file():
+            files = _of_file(place)
+        elif place.is_dir():
+            files = _of_directory(place)
+        else:
+            return "does not exist"
+    except OSError as problem:
+        return f"cannot be read ({problem.strerror})"
+    if isinstance(files, str):
+        return files
+    is_gpt2 = args.get("tokenizer_type") == "GPT2BPETokenizer" and "merges.txt" in files
+    if is_gpt2 and not {"tokenizer.json", "tokenizer_config.json"} & set(files):
+        files["tokenizer_config.json"] = dump(GPT2_CONFIG)
+    return _tokenizer(files, str(place))
+
+
+def _of_directory(directory: Path) -> dict[str, bytes] | str:
+    if (directory / MISSING_FILE).exists():  # written by mcorefs: its tokenizer.json is a refusal
+        return f"is a directory that mcorefs made, without a tokenizer (see its {MISSING_FILE})"
     names = [name for name in COMPANIONS if (directory / name).is_file()]
-    if place.is_file():
-        names = [place.name, *(name for name in names if name != place.name)]
-        if place.suffix not in (".json", ".model", ".txt"):
-            return {}
-    elif not any(name in VOCABULARIES for name in names):
-        return {}
-    files = {name: (directory / name).read_bytes() for name in names}
-    for folder in FOLDERS:
-        for file in sorted((directory / folder).glob("*.jinja")):
-            files[f"{folder}/{file.name}"] = file.read_bytes()
+    if not any(set(names).issuperset(vocabulary) for vocabulary in VOCABULARIES):
+        return "holds no " + ", ".join(" with ".join(names) for names in VOCABULARIES)
+    files = {name: _read(directory / name) for name in names}
+    for file in sorted((directory / TEMPLATES).glob("*.jinja")):
+        files[f"{TEMPLATES}/{file.name}"] = _read(file)
     return files
 
 
-def _vocab_and_merges(args: Mapping[str, object]) -> dict[str, bytes]:
-    """GPT2BPETokenizer names its two files one by one (Megatron-LM --vocab-file, --merge-file)."""
+def _of_file(file: Path) -> dict[str, bytes] | str:
+    """A file with a usual name and those beside it, or one vocabulary with a name of its own."""
+    if any(file.name in names for names in VOCABULARIES):
+        return _of_directory(file.parent)
+    if file.suffix == ".json":
+        return {"tokenizer.json": _read(file)}
+    if file.suffix == ".model":
+        data = _read(file)
+        # A SentencePiece model begins with a piece (field 1), which begins with its text (field 1).
+        is_model = data[:1] == data[2:3] == b"\n"
+        return {"tokenizer.model": data} if is_model else "is no SentencePiece model"
+    return "is not a tokenizer file"
+
+
+def _read(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        data = opened.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"{file.name} is larger than {MAX_BYTES >> 20} MiB")
+    return data
+
+
+def _vocab_and_merges(args: Mapping[str, object]) -> Tokenizer | None:
+    """GPT2BPETokenizer names its two files one by one (Megatron-LM --vocab-file, --merge-file).
+
+    The names come from the checkpoint, so what they lead to is served only if it is what it should
+    be: a checkpoint must not make mcorefs show other files of this machine.
+    """
     vocab, merges = args.get("vocab_file"), args.get("merge_file")
-    if isinstance(vocab, str) and isinstance(merges, str):
-        pair = Path(vocab), Path(merges)
-        if all(file.is_file() for file in pair):
-            config = {"tokenizer_class": "GPT2Tokenizer"}
-            return {
-                "vocab.json": pair[0].read_bytes(),
-                "merges.txt": pair[1].read_bytes(),
-                "tokenizer_config.json": dump(config),
-            }
-    return {}
+    if not (isinstance(vocab, str) and isinstance(merges, str)):
+        return None
+    try:
+        if not (Path(vocab).is_file() and Path(merges).is_file()):
+            return None
+        files = {"vocab.json": _read(Path(vocab)), "merges.txt": _read(Path(merges))}
+    except OSError:
+        return None
+    if not _belong_together(_json(files["vocab.json"]), files["merges.txt"]):
+        return None
+    found = _tokenizer({**files, "tokenizer_config.json": dump(GPT2_CONFIG)}, vocab)
+    return found if isinstance(found, Tokenizer) else None
 
 
-def _found(files: Mapping[str, bytes], source: str) -> Tokenizer:
-    return Tokenizer(files, source, True, _token_ids(files))
+def _belong_together(vocab: Mapping[str, object], merges: bytes) -> bool:
+    """Whether these are a BPE vocabulary and its merges, each of which makes a token of it."""
+    if not vocab or any(type(number) is not int for number in vocab.values()):
+        return False
+    lines = merges.decode(errors="replace").split("\n")
+    pairs = [line.rstrip("\r") for line in lines if not line.startswith("#version")]
+    return all(pair.count(" ") == 1 and pair.replace(" ", "") in vocab for pair in pairs if pair)
 
 
-def _token_ids(files: Mapping[str, bytes]) -> dict[str, object]:
-    """Ids of the special tokens that tokenizer_config.json names."""
-    config = _json(files.get("tokenizer_config.json"))
-    vocabulary: dict[str, object] = {}
+def _tokenizer(files: Mapping[str, bytes], source: str) -> Tokenizer | str:
+    """The tokenizer that `files` make, or why they make none."""
     tokenizer = _json(files.get("tokenizer.json"))
     model = tokenizer.get("model")
-    if isinstance(model, dict) and isinstance(model.get("vocab"), dict):
-        vocabulary.update(model["vocab"])
+    if "tokenizer.json" in files and not (isinstance(model, dict) and "vocab" in model):
+        return (
+            "its tokenizer.json is not one of Hugging Face's (Megatron's TikTokenizer saves its "
+            "vocabulary under that name)"
+        )
+    config = _json(files.get("tokenizer_config.json"))
+    vocabulary = _vocabulary(tokenizer, config, _json(files.get("vocab.json")))
+    largest = max(vocabulary.values(), default=None)
+    specials = _json(files.get("special_tokens_map.json"))
+    return Tokenizer(files, source, True, _token_ids(config, specials, vocabulary), largest)
+
+
+def _vocabulary(
+    tokenizer: Mapping[str, object], config: Mapping[str, object], vocab: Mapping[str, object]
+) -> dict[str, int]:
+    """Token -> id, from tokenizer.json, tokenizer_config.json and vocab.json."""
+    found: dict[str, object] = dict(vocab)
+    model = tokenizer.get("model")
+    if isinstance(model, dict):
+        pieces = model.get("vocab")
+        if isinstance(pieces, dict):
+            found.update(pieces)
+        elif isinstance(pieces, list):  # Unigram: [[piece, score], ...]
+            found.update({str(p[0]): i for i, p in enumerate(pieces) if isinstance(p, list) and p})
+    decoder = config.get("added_tokens_decoder")
+    for number, token in (decoder if isinstance(decoder, dict) else {}).items():
+        if isinstance(token, dict) and str(number).isdecimal():
+            found[str(token.get("content"))] = int(number)
     added = tokenizer.get("added_tokens")
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict):
-            vocabulary[str(token.get("content"))] = token.get("id")
-    decoder = config.get("added_tokens_decoder")
-    for number, token in (decoder if isinstance(decoder, dict) else {}).items():
-        if isinstance(token, dict) and str(number).isdigit():
-            vocabulary.setdefault(str(token.get("content")), int(number))
+            found[str(token.get("content"))] = token.get("id")
+    return {token: number for token, number in found.items() if type(number) is int}
+
+
+def _token_ids(
+    config: Mapping[str, object], specials: Mapping[str, object], vocabulary: Mapping[str, int]
+) -> dict[str, object]:
+    """Ids of the special tokens that tokenizer_config.json or special_tokens_map.json names."""
     ids: dict[str, object] = {}
     for name in ("bos", "eos", "pad"):
-        token = config.get(f"{name}_token")
+        key = f"{name}_token"
+        token = config[key] if key in config else specials.get(key)
         content = token.get("content") if isinstance(token, dict) else token
         if isinstance(content, str) and content in vocabulary:
-            ids[f"{name}_token_id"] = vocabulary[content]
+            ids[f"{key}_id"] = vocabulary[content]
     return ids
 
 
 def _json(data: bytes | None) -> dict[str, object]:
     try:
         value = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
-def _missing(looked: list[str], args: Mapping[str, object]) -> Tokenizer:
-    named = args.get("tokenizer_model")
-    hint = (
-        f"The checkpoint was trained with the tokenizer {named!r} "
-        f"({args.get('tokenizer_type') or 'type not recorded'}), which is not on this machine.\n"
-        if isinstance(named, str) and named
-        else ""
-    )
-    places = "".join(f"  {place}\n" for place in looked)
+def _missing(looked: Mapping[str, str], args: Mapping[str, object]) -> Tokenizer:
+    named, kind = args.get("tokenizer_model"), args.get("tokenizer_type")
+    hint = ""
+    if isinstance(named, str) and named:
+        hint = (
+            f"The checkpoint was trained with the tokenizer {named!r} "
+            f"({kind or 'type not recorded'}), which is not on this machine.\n"
+        )
+    elif isinstance(kind, str) and kind.startswith("Null"):
+        hint = f"The run used {kind}: its data were token ids, made elsewhere.\n"
+    places = "".join(f"  {place}: {why}\n" for place, why in looked.items())
     text = (
         "This model has no tokenizer: a Megatron checkpoint does not hold one, and none was found "
         f"in\n{places}{hint}"
@@ -177,22 +265,20 @@ def _missing(looked: list[str], args: Mapping[str, object]) -> Tokenizer:
         "  mcorefs mount CKPT MNT --tokenizer DIR     (a directory with tokenizer.json), or\n"
         "  mcorefs mount CKPT MNT --hf-config DIR     (the Hugging Face model it came from)\n"
     )
-    return Tokenizer(
-        {
-            MISSING_FILE: text.encode(),
-            "tokenizer.json": dump(_REFUSAL),
-            "tokenizer_config.json": dump({"tokenizer_class": "PreTrainedTokenizerFast"}),
-        },
-        ", ".join(looked),
-        False,
-        {},
-    )
+    files = {
+        MISSING_FILE: text.encode(),
+        "tokenizer.json": dump(_REFUSAL),
+        "tokenizer_config.json": dump({"tokenizer_class": f"NoTokenizer: {_REASON}"}),
+    }
+    return Tokenizer(files, ", ".join(looked), False, {})
 
 
+_REASON = f"read {MISSING_FILE} beside this file"
 _REFUSAL = {
-    "version": f"no tokenizer: read {MISSING_FILE} beside this file",
+    "version": f"no tokenizer: {_REASON}",
     "added_tokens": [],
     "model": {"type": "BPE", "vocab": {}, "merges": []},
 }
 """A tokenizer.json that no version of `tokenizers` accepts, and whose refusal quotes the reason:
-AutoTokenizer raises "Unknown tokenizer version 'no tokenizer: read ...'"."""
+AutoTokenizer raises "Unknown tokenizer version 'no tokenizer: read ...'". transformers 4 asks for
+the class first: "Tokenizer class NoTokenizer: read ... does not exist"."""
