@@ -26,6 +26,14 @@ LAYER_STACKS = ("decoder.layers.",)
 NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
 """Router counters (megatron/core/transformer/moe/router.py): training state, never a weight."""
 
+_ADAPTER = re.compile(
+    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|adapter)\."
+)
+"""PEFT's names, as ms-swift saves them, and Megatron-Bridge's (peft/adapter_wrapper.py)."""
+
+_WRAPPERS = re.compile(r"(?:(?:module|model)\.)+(?=(?:embedding|decoder|output_layer|mtp)\.)")
+"""What a training framework wraps around the model (NeMo 2: `module.`, NeMo 1: `model.`)."""
+
 _EXPERTS = ".mlp.experts.experts."
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
 
@@ -42,21 +50,46 @@ def build(stored: Mapping[str, StoredTensor]) -> Catalog:
     """The canonical tensors that `stored` (fqn -> tensor, in any dialect) amounts to."""
     problems: list[str] = []
     tensors: dict[str, View] = {}
-    for name, view in _joined_halves(_by_expert(_by_layer(stored)), problems):
+    named = _without_adapters(_unwrapped(stored), problems)
+    for name, view in _joined_halves(_by_expert(_by_layer(named)), problems):
         if name in tensors:
             problems.append(f"{name} is stored twice, in two dialects")
         tensors[name] = view
     return Catalog(tensors, tuple(problems))
 
 
-def _by_layer(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, View]]:
-    """Layer axis -> one tensor per layer."""
+def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
+    """Names from the root of the model; without what is never a weight."""
     for fqn, tensor in stored.items():
-        if NOT_WEIGHTS.search(fqn):
-            continue
+        if not NOT_WEIGHTS.search(fqn):
+            yield _WRAPPERS.sub("", fqn, count=1) if _WRAPPERS.match(fqn) else fqn, tensor
+
+
+def _without_adapters(
+    named: Iterator[tuple[str, StoredTensor]], problems: list[str]
+) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of the base model; adapters, which change what it computes, are a problem."""
+    adapters: list[str] = []
+    for fqn, tensor in named:
+        if _ADAPTER.search(fqn):
+            adapters.append(fqn)
+        else:
+            yield fqn, tensor
+    if adapters:
+        problems.append(
+            f"the checkpoint holds {len(adapters)} tensors of a LoRA adapter ({adapters[0]}, ...), "
+            "which cannot be merged on read yet; merge it into its base model with the framework "
+            "that trained it (ms-swift: --merge_lora true; Megatron-Bridge: "
+            "examples/peft/merge_lora.py)"
+        )
+
+
+def _by_layer(named: Iterator[tuple[str, StoredTensor]]) -> Iterator[tuple[str, View]]:
+    """Layer axis -> one tensor per layer."""
+    for fqn, tensor in named:
         prefix = next((p for p in LAYER_STACKS if fqn.startswith(p)), None)
         view: View = Stored(tensor)
-        if prefix is None or fqn[len(prefix)].isdigit() or not tensor.shape:
+        if prefix is None or fqn[len(prefix) :][:1].isdigit() or not tensor.shape:
             yield fqn, view
             continue
         rest = fqn[len(prefix) :]
@@ -70,7 +103,7 @@ def _by_expert(tensors: Iterator[tuple[str, View]]) -> Iterator[tuple[str, View]
         before, experts, rest = name.partition(_EXPERTS)
         if not experts:
             yield name, view
-        elif rest[0].isdigit() or not view.shape:
+        elif rest[:1].isdigit() or not view.shape:
             yield f"{before}.mlp.experts.{rest}", view
         else:
             for expert in range(view.shape[0]):

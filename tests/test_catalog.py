@@ -1,0 +1,219 @@
+"""The dialect stage: every way to store a model gives the same canonical tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from mcorefs.boxes import Box, Shape
+from mcorefs.catalog import Catalog, build
+from mcorefs.dtypes import BY_NAME
+from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.views import Array, View
+
+QKV = "self_attention.linear_qkv.weight"
+LAYERS, EXPERTS, ROWS, COLUMNS = 3, 4, 6, 5
+
+
+def array(seed: int, *shape: int) -> Array:
+    return np.random.default_rng(seed).integers(0, 1 << 32, shape, np.uint32)
+
+
+def stored(fqn: str, shape: Shape, dtype: str = "F32") -> StoredTensor:
+    chunk = Chunk(Box.whole(shape), Span("unread", 0, 1))
+    tensor, problem = stored_tensor(fqn, BY_NAME[dtype], shape, (chunk,))
+    assert tensor is not None, problem
+    return tensor
+
+
+def catalog_of(arrays: Mapping[str, Array]) -> Catalog:
+    return build({fqn: stored(fqn, data.shape) for fqn, data in arrays.items()})
+
+
+def values(view: View, arrays: Mapping[str, Array]) -> Array:
+    def leaf(tensor: StoredTensor, box: Box, out: Array) -> None:
+        out[...] = arrays[tensor.fqn][box.slices()]
+
+    out = np.empty(view.shape, np.uint32)
+    view.read_into(Box.whole(view.shape), out, leaf)
+    return out
+
+
+def assert_canonical(arrays: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    catalog = catalog_of(arrays)
+    assert catalog.problems == ()
+    assert set(catalog.tensors) == set(expected)
+    for name, data in expected.items():
+        np.testing.assert_array_equal(values(catalog.tensors[name], arrays), data, name)
+
+
+FC1 = array(1, LAYERS, EXPERTS, 2 * ROWS, COLUMNS)
+DENSE = array(2, LAYERS, 2 * ROWS, COLUMNS)
+EMBEDDING = array(3, ROWS, COLUMNS)
+CANONICAL = {
+    "embedding.word_embeddings.weight": EMBEDDING,
+    **{f"decoder.layers.{i}.mlp.linear_fc1.weight": DENSE[i] for i in range(LAYERS)},
+    **{
+        f"decoder.layers.{i}.mlp.experts.{e}.linear_fc1.weight": FC1[i, e]
+        for i in range(LAYERS)
+        for e in range(EXPERTS)
+    },
+}
+
+
+def stacked() -> dict[str, Array]:
+    return {
+        "embedding.word_embeddings.weight": EMBEDDING,
+        "decoder.layers.mlp.linear_fc1.weight": DENSE,
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": FC1,
+    }
+
+
+def per_layer() -> dict[str, Array]:
+    found = {"embedding.word_embeddings.weight": EMBEDDING}
+    for i in range(LAYERS):
+        found[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = DENSE[i]
+        found[f"decoder.layers.{i}.mlp.experts.experts.linear_fc1.weight"] = FC1[i]
+    return found
+
+
+def singleton() -> dict[str, Array]:
+    """singleton_local_shards: a key for each layer and expert, gate (w) and up (v) apart."""
+    found = {"embedding.word_embeddings.weight": EMBEDDING}
+    for i in range(LAYERS):
+        dense = f"decoder.layers.{i}.mlp.linear_fc1.weight"
+        found |= {f"{dense}_w": DENSE[i, :ROWS], f"{dense}_v": DENSE[i, ROWS:]}
+        for e in range(EXPERTS):
+            expert = f"decoder.layers.{i}.mlp.experts.experts.{e}.linear_fc1.weight"
+            found |= {f"{expert}_v": FC1[i, e, ROWS:], f"{expert}_w": FC1[i, e, :ROWS]}
+    return found
+
+
+def stacked_halves() -> dict[str, Array]:
+    return {
+        "embedding.word_embeddings.weight": EMBEDDING,
+        "decoder.layers.mlp.linear_fc1.weight_w": DENSE[:, :ROWS],
+        "decoder.layers.mlp.linear_fc1.weight_v": DENSE[:, ROWS:],
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight_w": FC1[:, :, :ROWS],
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight_v": FC1[:, :, ROWS:],
+    }
+
+
+DIALECTS = (stacked, per_layer, singleton, stacked_halves)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "model.module.", "module.module."])
+def test_every_dialect_is_the_same_model(dialect: type[dict[str, Array]], prefix: str) -> None:
+    arrays = {prefix + fqn: data for fqn, data in dialect().items()}
+    assert_canonical(arrays, CANONICAL)
+
+
+def test_dialects_may_be_mixed_in_one_checkpoint() -> None:
+    """MTP layers are stored one by one even where the decoder's are stacked."""
+    mtp = "mtp.layers.0.transformer_layer."
+    arrays = {
+        f"decoder.layers.{QKV}": (qkv := array(4, LAYERS, ROWS, COLUMNS)),
+        f"{mtp}{QKV}": array(5, ROWS, COLUMNS),
+        f"{mtp}mlp.experts.experts.linear_fc2.weight": (fc2 := array(6, EXPERTS, ROWS, COLUMNS)),
+        "decoder.final_layernorm.weight": array(7, COLUMNS),
+    }
+    expected = {f"decoder.layers.{i}.{QKV}": qkv[i] for i in range(LAYERS)}
+    expected |= {f"{mtp}mlp.experts.{e}.linear_fc2.weight": fc2[e] for e in range(EXPERTS)}
+    for name in (f"{mtp}{QKV}", "decoder.final_layernorm.weight"):
+        expected[name] = arrays[name]
+    assert_canonical(arrays, expected)
+
+
+def test_other_prefixes_are_left_alone() -> None:
+    """`language_model.` and the like mean another model; a wrapper before nothing known stays."""
+    names = (
+        "language_model.decoder.layers.0.x",
+        "module.vision.y",
+        "model.z",
+        "embedding.module.w",
+    )
+    arrays = {name: array(0, 2) for name in names}
+    assert_canonical(arrays, arrays)
+
+
+def test_router_counters_are_no_weights() -> None:
+    router = "decoder.layers.mlp.router."
+    kept = {
+        f"{router}weight": array(1, 2, EXPERTS, COLUMNS),
+        f"{router}expert_bias": array(2, 2, 4),
+    }
+    counters = {
+        f"{router}local_tokens_per_expert": array(3, 2, EXPERTS),
+        f"{router}global_tokens_per_expert": array(4, 2, EXPERTS),
+        "decoder.layers.0.mlp.router.ga_steps": array(5, 1),
+    }
+    expected = {
+        name.replace("layers.", f"layers.{i}."): data[i]
+        for name, data in kept.items()
+        for i in range(2)
+    }
+    assert_canonical(kept | counters, expected)
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (f"decoder.layers.1.{QKV}", f"decoder.layers.1.{QKV} is stored twice, in two dialects"),
+        (f"module.decoder.layers.1.{QKV}", f"decoder.layers.1.{QKV} is stored twice"),
+        (f"model.decoder.layers.{QKV}", f"decoder.layers.0.{QKV} is stored twice"),
+    ],
+)
+def test_a_tensor_in_two_dialects_is_a_problem(extra: str, problem: str) -> None:
+    arrays = {f"decoder.layers.{QKV}": array(1, LAYERS, ROWS, COLUMNS)}
+    arrays[extra] = array(2, LAYERS, ROWS, COLUMNS)
+    assert any(problem in found for found in catalog_of(arrays).problems)
+
+
+def test_halves_that_do_not_fit_are_problems() -> None:
+    at = "decoder.layers.{}.mlp.linear_fc1.weight".format
+    halves = {
+        f"{at(0)}_w": ((6, 5), "F32"),
+        f"{at(1)}_v": ((6, 5), "F32"),
+        f"{at(2)}_w": ((6, 5), "F32"),
+        f"{at(2)}_v": ((4, 5), "F32"),
+        f"{at(3)}_w": ((6, 5), "F32"),
+        f"{at(3)}_v": ((6, 5), "BF16"),
+    }
+    tensors = {name: stored(name, shape, dtype) for name, (shape, dtype) in halves.items()}
+    catalog = build(tensors)
+    assert catalog.tensors == {}
+    assert set(catalog.problems) == {
+        f"{at(0)}_v is missing beside its other half",
+        f"{at(1)}_w is missing beside its other half",
+        f"{at(2)}_w and {at(2)}_v differ in shape or dtype",
+        f"{at(3)}_w and {at(3)}_v differ in shape or dtype",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.layers.self_attention.linear_qkv.lora_A.default.weight",  # ms-swift
+        "decoder.layers.0.mlp.linear_fc2.lora_B.default.weight",
+        "output_layer.modules_to_save.default.weight",
+        "decoder.layers.mlp.linear_fc1.adapter.linear_in.weight",  # Megatron-Bridge
+        "decoder.layers.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight",
+        "module.decoder.layers.mlp.linear_fc1.adapter.linear_in.weight",
+    ],
+)
+def test_adapters_are_one_problem_and_no_tensors(name: str) -> None:
+    arrays = {"embedding.word_embeddings.weight": EMBEDDING, name: array(1, 2, 3)}
+    catalog = catalog_of(arrays)
+    assert set(catalog.tensors) == {"embedding.word_embeddings.weight"}
+    (problem,) = catalog.problems
+    assert "1 tensors of a LoRA adapter" in problem
+    assert "merge" in problem
+
+
+@pytest.mark.parametrize("name", ["decoder.layers.", "decoder.layers.0.mlp.experts.experts.", ""])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_names_cut_short_are_survived(name: str, shape: Shape) -> None:
+    build({name: stored(name, shape)})
