@@ -60,11 +60,9 @@ def plan(
                 continue
             used.add(source)
             name = _fill(rule.hf, layer, expert)
-            view = _apply(rule, name, tensors[source], facts, problems)
+            view = _apply(rule, name, tensors[source], facts, dtype, problems)
             if view is None:
                 continue
-            if dtype is not None and not rule.keeps_dtype:
-                view = to(view, dtype)
             place = _place(family, rule, name, layer, expert, position)
             planned.append((place, HfTensor(name, view, _storage(rule, layer))))
     problems.unused(set(tensors) - used)
@@ -97,14 +95,17 @@ def _fill(pattern: str, layer: int, expert: int) -> str:
     return pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
 
 
-def _apply(rule: Rule, name: str, source: View, facts: Facts, problems: _Problems) -> View | None:
+def _apply(
+    rule: Rule, name: str, source: View, facts: Facts, dtype: DType | None, problems: _Problems
+) -> View | None:
     try:
         view = rule.block(source, facts.dims)
         expected = tuple(facts.dims[dim] for dim in rule.shape)
+        if dtype is not None and not rule.keeps_dtype:
+            view = to(view, dtype)
     except (KeyError, ValueError, IndexError) as problem:
-        problems.add(
-            rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {problem}"
-        )
+        why = f"the size {problem} is unknown" if isinstance(problem, KeyError) else str(problem)
+        problems.add(rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {why}")
         return None
     if view.shape != expected:
         problems.add(

@@ -1,0 +1,396 @@
+"""Which family a checkpoint is, and every way in which it can fail to be one: all told at once."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mcorefs import catalog
+from mcorefs.boxes import Box, Shape
+from mcorefs.dtypes import BF16, BY_NAME, F32
+from mcorefs.errors import MappingError
+from mcorefs.formats.torch_dist import TorchDist
+from mcorefs.index import Chunk, Span, stored_tensor
+from mcorefs.mapping.choose import choose
+from mcorefs.mapping.facts import gather
+from mcorefs.mapping.families import FAMILIES
+from mcorefs.mapping.families.qwen3 import QWEN3
+from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
+from mcorefs.mapping.plan import natural_key, plan
+from mcorefs.model import Options, load
+from mcorefs.views import Stored, View
+from tests.checkpoints import Fixture, ensure
+from tests.edited import rename, with_args
+
+Tensors = dict[str, View]
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> Mapping[str, Fixture]:
+    return ensure(["qwen3", "qwen3_moe", "qwen3_moe-mixed-pp2"])
+
+
+def canonical(fixture: Fixture) -> Tensors:
+    return dict(catalog.build(TorchDist().index(fixture.iteration).tensors).tensors)
+
+
+@pytest.fixture
+def dense(fixtures: Mapping[str, Fixture]) -> Tensors:
+    return canonical(fixtures["qwen3"])
+
+
+@pytest.fixture
+def moe(fixtures: Mapping[str, Fixture]) -> Tensors:
+    return canonical(fixtures["qwen3_moe"])
+
+
+def unread(shape: Shape, dtype: str = "BF16") -> View:
+    """A tensor of `shape` whose values nobody asks for."""
+    tensor, problem = stored_tensor(
+        "x", BY_NAME[dtype], shape, (Chunk(Box.whole(shape), Span("unread", 0, 1)),)
+    )
+    assert tensor is not None, problem
+    return Stored(tensor)
+
+
+LAYER = "decoder.layers.2."
+
+
+def problems_of(tensors: Tensors, **args: object) -> list[str]:
+    """What gathering and planning say of `tensors`, as Qwen3 or, with a router, as Qwen3-MoE."""
+    family = QWEN3_MOE if any(".router." in name for name in tensors) else QWEN3
+    facts, _, problems = gather(tensors, args, {}, 307)
+    return [*problems, *plan(family, tensors, facts)[1]]
+
+
+# -- planning -------------------------------------------------------------------------------------
+
+
+def test_no_problem_with_a_whole_model(dense: Tensors, moe: Tensors) -> None:
+    assert problems_of(dense) == problems_of(moe) == []
+
+
+def test_a_missing_tensor_names_what_needs_it(dense: Tensors) -> None:
+    del dense[LAYER + "self_attention.linear_proj.weight"]
+    (problem,) = problems_of(dense)
+    assert problem == (
+        "model.layers.2.self_attn.o_proj.weight needs decoder.layers.2.self_attention.linear_proj."
+        "weight, which the checkpoint does not hold"
+    )
+
+
+def test_alternatives_are_all_named(moe: Tensors) -> None:
+    del moe[LAYER + "pre_mlp_layernorm.weight"]
+    (problem,) = problems_of(moe)
+    assert "mlp.linear_fc1.layer_norm_weight or decoder.layers.2.pre_mlp_layernorm" in problem
+
+
+def test_many_of_one_kind_are_one_line(dense: Tensors, moe: Tensors) -> None:
+    for layer in range(4):
+        del dense[f"decoder.layers.{layer}.self_attention.k_layernorm.weight"]
+        dense[f"decoder.layers.{layer}.self_attention.linear_qkv.bias"] = unread((256,))
+    lacks, holds = problems_of(dense)
+    assert "layers.0.self_attn.k_norm.weight needs" in lacks
+    assert lacks.endswith("(and 3 more like it)")
+    assert "holds decoder.layers.0.self_attention.linear_qkv.bias" in holds
+    assert holds.endswith("(and 3 more like it)")
+    for layer, expert in itertools.product(range(4), range(1, 8)):
+        del moe[f"decoder.layers.{layer}.mlp.experts.{expert}.linear_fc2.weight"]
+    (problem,) = problems_of(moe)
+    assert "experts.1.down_proj.weight needs" in problem
+    assert problem.endswith("(and 27 more like it)")
+
+
+def test_a_tensor_without_a_place_is_a_problem(dense: Tensors) -> None:
+    dense["decoder.layers.1.mlp.adaptor.weight"] = dense["mtp.layers.0.eh_proj.weight"] = unread(
+        (2,)
+    )
+    problems = problems_of(dense)
+    for name in ("decoder.layers.1.mlp.adaptor.weight", "mtp.layers.0.eh_proj.weight"):
+        text = f"the checkpoint holds {name}, which this family has no place for"
+        assert text in problems
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "problem"),
+    [
+        (
+            LAYER + "self_attention.linear_proj.weight",
+            (64, 64),
+            "layers.2.self_attn.o_proj.weight has shape [64, 64], expected [64, 128] (hidden x q_",
+        ),
+        (
+            LAYER + "mlp.linear_fc1.weight",
+            (192, 32),
+            "layers.2.mlp.gate_proj.weight has shape [96, 32], expected [96, 64] (ffn x hidden)",
+        ),
+        (
+            LAYER + "self_attention.linear_qkv.weight",
+            (255, 64),
+            "layers.2.self_attn.q_proj.weight cannot be made from its source [255, 64]: unflatten",
+        ),
+        (
+            LAYER + "self_attention.q_layernorm.weight",
+            (1,),
+            "layers.2.self_attn.q_norm.weight has shape [1], expected [16] (head_dim)",
+        ),
+        (
+            "output_layer.weight",
+            (300, 64),
+            "lm_head.weight cannot be made from its source [300, 64]",
+        ),
+        (
+            "decoder.final_layernorm.weight",
+            (64, 1),
+            "model.norm.weight has shape [64, 1], expected",
+        ),
+        ("decoder.final_layernorm.weight", (), "model.norm.weight has shape [], expected [64]"),
+    ],
+)
+def test_wrong_shapes(dense: Tensors, name: str, shape: Shape, problem: str) -> None:
+    dense[name] = unread(shape)
+    assert any(problem in found for found in problems_of(dense))
+
+
+def test_experts_that_differ_in_size(moe: Tensors) -> None:
+    moe[LAYER + "mlp.experts.5.linear_fc1.weight"] = unread((64, 64))
+    moe[LAYER + "mlp.router.weight"] = unread((7, 64))
+    problems = problems_of(moe)
+    assert any("experts.5.gate_proj.weight has shape [32, 64], expected [48" in p for p in problems)
+    assert any("2.mlp.gate.weight has shape [7, 64], expected [8, 64]" in p for p in problems)
+
+
+def test_what_is_no_number_cannot_be_cast(dense: Tensors) -> None:
+    dense["decoder.final_layernorm.weight"] = unread((64,), "I32")
+    facts, _, _ = gather(dense, {}, {}, 307)
+    _, problems = plan(QWEN3, dense, facts, F32)
+    assert problems == ["model.norm.weight cannot be made from its source [64]: to F32 from I32"]
+    assert plan(QWEN3, dense, facts)[1] == []
+
+
+def test_the_router_is_not_cast(moe: Tensors) -> None:
+    facts, _, _ = gather(moe, {}, {}, 301)
+    dtypes = {t.name: t.dtype for t in plan(QWEN3_MOE, moe, facts, F32)[0]}
+    routers = {name for name in dtypes if name.endswith("mlp.gate.weight")}
+    assert {dtypes.pop(name) for name in routers} == {BF16}
+    assert set(dtypes.values()) == {F32}
+
+
+def test_natural_order_is_transformers_own(moe: Tensors) -> None:
+    from transformers.core_model_loading import dot_natural_key
+
+    facts, _, _ = gather(moe, {}, {}, 301)
+    names = [f"{t.name.replace('layers.1.', 'layers.10.')}" for t in plan(QWEN3_MOE, moe, facts)[0]]
+    random.Random(1).shuffle(names)
+    assert sorted(names, key=natural_key) == sorted(names, key=dot_natural_key)
+
+
+# -- facts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "claim", "shown"),
+    [
+        ("hidden_size", 128, 64),
+        ("num_layers", 5, 4),
+        ("num_attention_heads", 16, 8),
+        ("kv_channels", 8, 16),
+        ("padded_vocab_size", 512, 384),
+        ("num_experts", 16, 8),
+        ("num_moe_experts", 16, 8),
+        ("moe_ffn_hidden_size", 96, 48),
+    ],
+)
+def test_args_that_contradict_shapes(moe: Tensors, argument: str, claim: int, shown: int) -> None:
+    (problem,) = problems_of(moe, **{argument: claim})
+    assert problem == (
+        f"{argument} is {claim} in the training arguments but the tensor shapes say {shown}"
+    )
+
+
+def test_groups_count_only_with_group_query_attention(dense: Tensors) -> None:
+    """num_query_groups is 1 by default, even where there are none."""
+    assert problems_of(dense, num_query_groups=1, group_query_attention=False) == []
+    (problem,) = problems_of(dense, num_query_groups=1, group_query_attention=True)
+    assert problem.startswith("num_query_groups is 1 in the training arguments but the tensor")
+
+
+def test_expert_size_defaults_to_the_dense_size(moe: Tensors) -> None:
+    assert problems_of(moe, ffn_hidden_size=48) == []
+    (problem,) = problems_of(moe, ffn_hidden_size=96)
+    assert problem.startswith("ffn_hidden_size is 96 in the training arguments")
+    assert problems_of(moe, ffn_hidden_size=96, moe_ffn_hidden_size=48) == []
+
+
+def test_layers_that_are_missing(dense: Tensors) -> None:
+    without = {name: view for name, view in dense.items() if ".layers.1." not in name}
+    problems = problems_of(without)
+    assert "layers [1] hold no tensor at all although layer 3 does" in problems
+    only_three = {name: view for name, view in dense.items() if ".layers.3." not in name}
+    (problem,) = problems_of(only_three, num_layers=4)
+    assert problem.startswith(
+        "num_layers is 4 in the training arguments but the tensor shapes say 3"
+    )
+
+
+def test_an_absurd_layer_number_is_no_endless_loop(dense: Tensors) -> None:
+    dense[f"decoder.layers.{10**15}.mlp.linear_fc1.weight"] = unread((192, 64))
+    problems = problems_of(dense)
+    assert f"a tensor is named after layer {10**15}: the checkpoint is damaged" in problems
+
+
+def test_head_size_needs_a_source(dense: Tensors) -> None:
+    """Without q/k norms only args or a reference know it."""
+    plain = {name: view for name, view in dense.items() if "_layernorm.weight" not in name}
+    _, _, problems = gather(plain, {}, {})
+    assert any("number of attention heads is recorded nowhere" in p for p in problems)
+    sources: tuple[dict[str, object], ...] = ({"num_attention_heads": 8}, {"kv_channels": 16})
+    for args in sources:
+        assert gather(plain, args, {})[0].dims["head_dim"] == 16
+    for reference in ({"num_attention_heads": 8}, {"head_dim": 16}):
+        facts, _, problems = gather(plain, {}, reference)
+        assert (facts.dims["heads"], facts.dims["groups"], facts.dims["kv_rows"]) == (8, 4, 64)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(257, 128), (128, 128), (64, 128), (256, 120)])
+def test_head_counts_that_no_size_explains(dense: Tensors, rows: int, columns: int) -> None:
+    for layer in range(4):
+        at = f"decoder.layers.{layer}.self_attention."
+        dense[at + "linear_qkv.weight"] = unread((rows, 64))
+        dense[at + "linear_proj.weight"] = unread((64, columns))
+    problems = problems_of(dense)
+    assert any("no number of heads of size 16 explains" in p for p in problems)
+
+
+def test_heads_must_share_groups_evenly(dense: Tensors) -> None:
+    for layer in range(4):  # 8 heads, 3 groups
+        dense[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"] = unread((224, 64))
+    assert "8 heads cannot share 3 query groups" in problems_of(dense)
+
+
+def test_a_model_without_its_first_stage(dense: Tensors) -> None:
+    del dense["embedding.word_embeddings.weight"]
+    problems = problems_of(dense)
+    assert any("embedding.word_embeddings.weight is missing or is no matrix" in p for p in problems)
+
+
+# -- the family -----------------------------------------------------------------------------------
+
+
+def test_the_family_is_seen_with_its_evidence(
+    fixtures: Mapping[str, Fixture], dense: Tensors, moe: Tensors
+) -> None:
+    mixed = canonical(fixtures["qwen3_moe-mixed-pp2"])
+    for tensors, family in ((dense, QWEN3), (moe, QWEN3_MOE), (mixed, QWEN3_MOE)):
+        found = choose(tensors, None, {})
+        assert found.family is family
+        assert "has decoder.layers.*.self_attention.q_layernorm.weight" in found.evidence
+    assert "has decoder.layers.*.mlp.router.weight" in found.evidence
+    assert "no mtp" in found.evidence
+
+
+@pytest.mark.parametrize(
+    ("extra", "family"),
+    [
+        ("decoder.layers.0.self_attention.linear_qkv.bias", "qwen3"),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "qwen3_moe"),
+        ("decoder.layers.0.mlp.router.expert_bias", "qwen3_moe"),
+        ("mtp.layers.0.enorm.weight", "qwen3"),
+    ],
+)
+def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, family: str) -> None:
+    tensors = {**canonical(fixtures[family]), extra: unread((8,))}
+    with pytest.raises(MappingError) as caught:
+        choose(tensors, None, {})
+    assert "no supported model family fits" in str(caught.value)
+    assert "--family NAME or --hf-config DIR" in str(caught.value)
+    assert len(caught.value.problems) == len(FAMILIES)
+    assert caught.value.problems[0].startswith(f"{family}: has ")  # the nearest comes first
+    assert extra.replace(".0.", ".*.") in caught.value.problems[0]
+
+
+def test_several_that_fit_are_told(dense: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
+    twin = replace(QWEN3, name="qwen3_twin")
+    monkeypatch.setattr("mcorefs.mapping.choose.FAMILIES", (QWEN3, twin))
+    with pytest.raises(MappingError, match="several model families fit") as caught:
+        choose(dense, None, {})
+    assert caught.value.problems == ("qwen3: fits", "qwen3_twin: fits")
+    assert choose(dense, "qwen3_twin", {}).family is twin
+
+
+def test_the_user_and_the_reference_name_the_family(dense: Tensors) -> None:
+    assert choose(dense, "qwen3_moe", {}).family is QWEN3_MOE
+    assert choose(dense, "Qwen3MoeForCausalLM", {}).evidence == ("--family Qwen3MoeForCausalLM",)
+    found = choose(dense, None, {"model_type": "qwen3_moe"})
+    assert found.evidence == ("model_type qwen3_moe in --hf-config",)
+    assert choose(dense, "qwen3", {"model_type": "qwen3"}).family is QWEN3
+    with pytest.raises(MappingError, match="--family is 'llama', which is not supported yet"):
+        choose(dense, "llama", {})
+    with pytest.raises(
+        MappingError, match="--family is qwen3 but model_type in --hf-config is qwen3_"
+    ):
+        choose(dense, "qwen3", {"model_type": "qwen3_moe"})
+
+
+def test_a_wrong_family_cannot_pass(fixtures: Mapping[str, Fixture]) -> None:
+    with pytest.raises(MappingError) as caught:
+        load(fixtures["qwen3_moe"].root, Options(family="qwen3"))
+    assert any(
+        "mlp.router.weight, which this family has no place for" in p for p in caught.value.problems
+    )
+    with pytest.raises(MappingError) as caught:
+        load(fixtures["qwen3"].root, Options(family="qwen3_moe"))
+    assert any("num_experts is unknown" in problem for problem in caught.value.problems)
+
+
+# -- everything at once ---------------------------------------------------------------------------
+
+
+def test_all_problems_of_a_checkpoint_come_in_one_error(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(
+        fixtures["qwen3"],
+        tmp_path,
+        num_layers=6,
+        rotary_percent=0.5,
+        rotary_base=...,
+        tokenizer_model="nowhere",
+    )
+    names = {
+        "decoder.layers.self_attention.linear_proj.weight": "decoder.layers.typo.weight",
+        "decoder.final_layernorm.weight": "decoder.layers.mlp.linear_fc1.weight_w",
+    }
+    rename(root / "iter_0000100", lambda fqn: names.get(fqn, fqn))
+    with pytest.raises(MappingError) as caught:
+        load(root, Options(family="qwen3", vocab_size=9999, require_tokenizer=True))
+    expected = (
+        "--vocab-size is 9999 but the embedding has 384 rows",
+        "num_layers is 6 in the training arguments but the tensor shapes say 4",
+        "linear_fc1.weight_v is missing beside its other half",
+        "o_proj.weight needs decoder.layers.0.self_attention.linear_proj.weight",
+        "model.norm.weight needs decoder.final_layernorm.weight",
+        "holds decoder.layers.0.typo.weight, which this family has no place for",
+        "trained with rotary_percent=0.5",
+        "rope_theta is unknown: no argument says",
+        "--require-tokenizer: none found in",
+    )
+    for text in expected:
+        assert any(text in problem for problem in caught.value.problems), text
+    assert str(root / "iter_0000100") in str(caught.value)
+    assert "Qwen3ForCausalLM" in str(caught.value)
+
+
+def test_an_adapter_alone_is_told_as_such(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    root = with_args(fixtures["qwen3"], tmp_path)
+    rename(root / "iter_0000100", lambda fqn: fqn.replace(".weight", ".lora_A.default.weight"))
+    rename(root / "iter_0000100", lambda fqn: fqn.replace("norm_weight", "norm.lora_B.default"))
+    with pytest.raises(MappingError) as caught:
+        load(root, Options())
+    (problem,) = caught.value.problems
+    assert "tensors of a LoRA adapter" in problem
