@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats import Format, detect
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_(\d{7,})$")
+_ITERATION = re.compile(r"iter_([0-9]{7,})")
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -41,41 +41,67 @@ def locate(path: Path, iteration: int | None = None) -> Location:
 
     Raises CheckpointError that says what was found instead and what to pass.
     """
-    path = path.absolute()
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is a file; pass the checkpoint directory: the one with {TRACKER}, or one "
-            "iter_XXXXXXX directory"
-        )
-    if (format_ := detect(path)) is not None:
-        found = Location(path.parent, path, _number(path.name), format_)
-        if iteration is not None and iteration != found.iteration:
-            raise CheckpointError(
-                f"{path} is one iteration already; --iteration {iteration} needs the directory "
-                f"above it, {path.parent}"
-            )
-        return found
+    path = _absolute(path)
+    if detect(path) is not None:
+        return _open(path, iteration)
+    _children(path)  # says why if it cannot be looked at
     if _is_root(path):
+        return _open(path, iteration)
+    below = _below(path)
+    if iteration is not None and len(below) > 1:
+        holding = [root for root in below if iteration in map(_number, _iterations(root))]
+        below = holding if len(holding) == 1 else below
+    if len(below) != 1:
+        raise CheckpointError(_explain(path, below))
+    found = _open(below[0], iteration)
+    remark = f"{path} is a run directory; the checkpoint in it is {below[0]}"
+    return replace(found, remarks=(remark, *found.remarks))
+
+
+def _absolute(path: Path) -> Path:
+    """`path` as a directory that exists, with its own name if that says which iteration it is."""
+    path = path.absolute()
+    try:
+        if not path.exists():
+            if path.is_symlink():
+                raise CheckpointError(f"{path} is a symbolic link to {path.readlink()}: not there")
+            raise CheckpointError(f"{path} does not exist")
+        if not path.is_dir():
+            above = path.parent
+            is_checkpoint = detect(above) is not None or _is_root(above)
+            what = (
+                f"the directory above it, {above}"
+                if is_checkpoint
+                else f"the checkpoint directory: the one with {TRACKER}, or one iter_XXXXXXX"
+            )
+            raise CheckpointError(f"{path} is not a directory; pass {what}")
+        is_alias = path.is_symlink() and not _names_iteration(path.name)
+        return path.resolve() if is_alias or ".." in path.parts else path
+    except OSError as problem:
+        raise CheckpointError(f"{path} cannot be looked at: {problem.strerror}") from None
+
+
+def _open(path: Path, iteration: int | None) -> Location:
+    """The iteration directory `path`, or one iteration of the root `path`."""
+    format_ = detect(path)
+    if format_ is None:
         return _in_root(path, iteration)
-    roots = [child for child in _below(path) if _is_root(child)]
-    if len(roots) == 1:
-        found = _in_root(roots[0], iteration)
-        remark = f"{path} is a run directory; the checkpoint in it is {roots[0]}"
-        return Location(**{**vars(found), "remarks": (remark, *found.remarks)})
-    raise CheckpointError(_explain(path, roots))
+    found = Location(path.parent, path, _number(path.name), format_)
+    if iteration not in (None, found.iteration):
+        raise CheckpointError(
+            f"{path} is one iteration already; --iteration {iteration} needs the directory above "
+            f"it, {found.root}"
+        )
+    return found
 
 
 def _number(name: str) -> int | None:
-    match = _ITERATION.match(name)
+    match = _ITERATION.fullmatch(name)
     return int(match[1]) if match else None
 
 
-def _is_root(path: Path) -> bool:
-    return (path / TRACKER).is_file() or any(
-        _ITERATION.match(child.name) or child.name == "release" for child in _children(path)
-    )
+def _names_iteration(name: str) -> bool:
+    return name == "release" or _number(name) is not None
 
 
 def _children(path: Path) -> list[Path]:
@@ -85,22 +111,54 @@ def _children(path: Path) -> list[Path]:
         raise CheckpointError(f"{path} cannot be listed: {problem.strerror}") from None
 
 
+def _readable_children(path: Path) -> list[Path]:
+    """Those of a directory that may be anything: lost+found, another user's, gone meanwhile."""
+    try:
+        return _children(path)
+    except CheckpointError:
+        return []
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _iterations(root: Path) -> list[str]:
+    """Names of the iterations under `root`, complete or not."""
+    names = [child.name for child in _readable_children(root) if _names_iteration(child.name)]
+    if "release" in names and _why_incomplete(root / "release") == NOTHING:
+        names.remove("release")  # a word that other programs use too
+    return names
+
+
+def _is_root(path: Path) -> bool:
+    return _is_file(path / TRACKER) or bool(_iterations(path))
+
+
 def _below(path: Path) -> list[Path]:
-    """Directories one and two levels below: ms-swift nests vN-TIMESTAMP/checkpoint-N."""
-    children = _children(path)
-    return children + [grandchild for child in children for grandchild in _children(child)]
+    """Checkpoints one and two levels below, roots or single iterations: ms-swift nests
+    vN-TIMESTAMP/checkpoint-N, NeMo weights, verl actor/dist_ckpt."""
+    found: list[Path] = []
+    for child in _readable_children(path):
+        for place in (child, *_readable_children(child)):
+            if _is_root(place) or detect(place) is not None:
+                found.append(place)
+                if place is child:
+                    break
+    return found
 
 
 def _in_root(root: Path, iteration: int | None) -> Location:
     formats: dict[str, Format] = {}
     incomplete: list[str] = []
-    for child in _children(root):
-        if not (_ITERATION.match(child.name) or child.name == "release"):
-            continue
-        if (format_ := detect(child)) is not None:
-            formats[child.name] = format_
+    for name in _iterations(root):
+        if (format_ := detect(root / name)) is not None:
+            formats[name] = format_
         else:
-            incomplete.append(child.name)
+            incomplete.append(name)
     names = sorted(formats, key=lambda name: (_number(name) is None, _number(name) or 0))
     wanted, remarks = _wanted(root, iteration, names, incomplete)
     if wanted not in formats:
@@ -115,65 +173,96 @@ def _wanted(
 ) -> tuple[str, list[str]]:
     """Name of the iteration to open, and remarks."""
     if iteration is not None:
-        return f"iter_{iteration:07d}", []
-    tracker = root / TRACKER
-    if tracker.is_file():
-        said = tracker.read_text(errors="replace").strip()[:40]
-        if said == "release":
-            return said, []
-        if not said.isdigit():
-            raise CheckpointError(
-                f"{tracker} says {said!r}, expected an iteration number or 'release'; "
-                "pass --iteration N"
-            )
-        return f"iter_{int(said):07d}", []
+        return _named(iteration, names), []
+    if _is_file(root / TRACKER):
+        number = _tracked(root / TRACKER)
+        if number is None:
+            return "release", []
+        newer = [name for name in names if (_number(name) or 0) > number]
+        remark = f"{TRACKER} names iteration {number}; not published: {', '.join(newer)}"
+        return _named(number, names), [remark] if newer else []
     if len(names) == 1:
         return names[0], [f"{root} has no {TRACKER}; {names[0]} is its only complete iteration"]
     if not names:
         raise CheckpointError(
             f"{root}: none of {', '.join(incomplete)} is complete in a format that mcorefs reads"
-            f" ({_why_incomplete(root / incomplete[0])})"
+            f" ({_why_incomplete(root / incomplete[-1])})"
         )
     raise CheckpointError(
-        f"{root} has no {TRACKER} and several iterations: {', '.join(names)}; pass --iteration N"
+        f"{root} has no {TRACKER} and several iterations: {', '.join(names)}; pass --iteration N "
+        "or the directory of one"
     )
+
+
+def _tracked(tracker: Path) -> int | None:
+    """The iteration that the tracker file names; None for `release`."""
+    try:
+        with tracker.open("rb") as file:
+            said = file.read(100).decode(errors="replace").strip()
+    except OSError as problem:
+        raise CheckpointError(f"{tracker} cannot be read: {problem.strerror}") from None
+    if said == "release":
+        return None
+    if not (said.isascii() and said.isdecimal()):
+        raise CheckpointError(
+            f"{tracker} says {said[:40]!r}, expected an iteration number or 'release'; "
+            "pass --iteration N"
+        )
+    return int(said)
+
+
+def _named(iteration: int, names: list[str]) -> str:
+    """The directory's name; seven digits is only the usual width."""
+    usual = f"iter_{iteration:07d}"
+    return next((name for name in names if _number(name) == iteration), usual)
 
 
 def _cannot_open(root: Path, wanted: str, names: list[str], incomplete: list[str]) -> str:
     have = f"Complete here: {', '.join(names) or 'none'}"
+    if names:
+        have += "; pass --iteration N to open one of these"
     if wanted in incomplete:
         return f"{root / wanted} cannot be opened: {_why_incomplete(root / wanted)}. {have}"
-    return f"{root} holds no {wanted}. {have}. Pass --iteration N to choose one"
+    number = _number(wanted)
+    if (step := root / f"global_step_{number}").is_dir():
+        return f"{root} is a run of verl; pass the directory of one model, such as {step}/actor"
+    return f"{root} holds no {wanted}. {have}"
+
+
+NOTHING = "it holds no checkpoint files"
 
 
 def _why_incomplete(path: Path) -> str:
     if any(path.glob("mp_rank_*")):
         return "it is in the legacy torch format (mp_rank_*), which is not supported yet"
-    if (path / "metadata.json").is_file() and not (path / ".metadata").is_file():
-        if any(path.glob("*/.zarray")):
-            return "it is in the zarr format, which is not supported yet"
+    described, index = _is_file(path / "metadata.json"), _is_file(path / ".metadata")
+    if described and any(path.glob("*/.zarray")):
+        return "it is in the zarr format, which is not supported yet"
+    if described and index:
+        return "its metadata.json does not say that it is in the torch_dist format"
+    if described:
         return "it has metadata.json but no .metadata: it was not copied or saved completely"
-    if (path / ".metadata").is_file():
+    if index:
         return (
             "it has .metadata but no metadata.json: either the save was interrupted, or it is in "
             "the torch_dcp/fsdp_dtensor format, which is not supported yet"
         )
     if any(path.glob("*.distcp")):
         return "it has shard files but no .metadata: the save was interrupted or still goes on"
-    if (path / "common.pt").is_file():
+    if _is_file(path / "common.pt"):
         return (
             "it holds only common.pt: ms-swift with save_safetensors and no_save_optim puts the "
             "weights in Hugging Face safetensors beside it; use those directly"
         )
-    return "it holds no checkpoint files"
+    return NOTHING
 
 
-def _explain(path: Path, roots: list[Path]) -> str:
+def _explain(path: Path, below: list[Path]) -> str:
     """Why `path` is not a checkpoint: what it is, and what to pass."""
-    if roots:
-        listed = "\n  ".join(str(root) for root in roots)
+    if below:
+        listed = "\n  ".join(str(place) for place in below)
         return f"{path} holds several checkpoints; pass one of them:\n  {listed}"
-    if any((path / name).is_file() for name in _ADAPTER_FILES):
+    if any(_is_file(path / name) for name in _ADAPTER_FILES):
         return (
             f"{path} holds a LoRA adapter (PEFT), not a Megatron checkpoint; load it with peft on "
             "top of its base model"
@@ -184,9 +273,9 @@ def _explain(path: Path, roots: list[Path]) -> str:
             "to from_pretrained as it is"
         )
     why = _why_incomplete(path)
-    if why != "it holds no checkpoint files":
+    if why != NOTHING:
         return f"{path} cannot be opened: {why}"
-    if (path / "config.json").is_file():
+    if _is_file(path / "config.json"):
         return (
             f"{path} holds a config.json but no weights; pass the Megatron checkpoint directory "
             "(with iter_XXXXXXX in it) and give this one as --hf-config"

@@ -4,11 +4,9 @@ one is an error that says so instead of a tokenizer that encodes every text to n
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from mcorefs.mapping.tokenizer import MISSING_FILE, Tokenizer, find
 from mcorefs.model import Options, load
 from mcorefs.tree import build
 from tests.checkpoints import Fixture, ensure
+from tests.edited import unprivileged
 
 TEXTS = (
     "Megatron writes shards",
@@ -375,18 +374,6 @@ def test_require_tokenizer(fixture: Fixture, nameless: Fixture) -> None:
     assert problem.startswith("--require-tokenizer")
     assert str(nameless.root) in problem
     assert load(fixture.root, Options(require_tokenizer=True)).tokenizer.found
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """As a user whom file modes bind: root may read everything."""
-    uid = os.geteuid()
-    if uid == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(uid)
 
 
 @pytest.mark.parametrize("name", ["closed/model", "a" * 5000, "nul\0byte"])

@@ -49,11 +49,13 @@ class TorchDist:
 
     def detect(self, path: Path) -> bool:
         try:
-            described = json.loads((path / "metadata.json").read_bytes()[: 1 << 20])
-        except (OSError, ValueError):
+            if not ((path / "metadata.json").is_file() and (path / ".metadata").is_file()):
+                return False
+            with (path / "metadata.json").open("rb") as file:
+                described = json.loads(file.read(1 << 16))
+        except (OSError, ValueError, RecursionError):
             return False
-        backend = described.get("sharded_backend") if isinstance(described, dict) else None
-        return backend == self.name and (path / ".metadata").is_file()
+        return isinstance(described, dict) and described.get("sharded_backend") == self.name
 
     def index(self, path: Path) -> Checkpoint:
         metadata = _read_metadata(path / ".metadata")
