@@ -18,16 +18,23 @@ MAX_DIMS = 8
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes [offset, offset + nbytes) of one file.
+    """Bytes of one file that hold the elements of a chunk.
 
-    kind "raw": the elements themselves, row-major. kind "torch_zip": a whole `torch.save` archive
-    of one tensor, whose data offset and strides are found when it is first read (`storage`).
+    kind "raw": elements in [offset, offset + nbytes).
+    kind "torch_zip": a whole `torch.save` archive of one tensor, [offset, offset + nbytes), whose
+    data offset and strides are found when it is first read (`storage`).
+    kind "zip_record": a record of `nbytes` bytes of data whose local zip header is at `offset`;
+    where its data begin is found when it is first read.
     """
 
     path: str
     offset: int
     nbytes: int
-    kind: Literal["raw", "torch_zip"] = "raw"
+    kind: Literal["raw", "torch_zip", "zip_record"] = "raw"
+    skip: int = 0
+    """raw, zip_record: bytes of data before the first element."""
+    strides: Shape | None = None
+    """raw, zip_record: in elements; None where the elements are row-major."""
 
 
 @dataclass(frozen=True, slots=True)

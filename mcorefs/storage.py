@@ -18,7 +18,7 @@ from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.index import Chunk, Span
-from mcorefs.torchzip import locate_tensor
+from mcorefs.torchzip import Record, data_start, locate_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Storage:
         self._max_open = max_open
         self._handles: OrderedDict[str, _Handle] = OrderedDict()
         self._placed: dict[Span, Placed] = {}
+        self._record_starts: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
@@ -121,8 +122,11 @@ class Storage:
 
     def _find(self, chunk: Chunk, dtype: DType) -> Placed:
         span, shape = chunk.span, chunk.box.sizes
+        strides = row_major_strides(shape) if span.strides is None else span.strides
         if span.kind == "raw":
-            return Placed(span.path, span.offset, row_major_strides(shape))
+            return Placed(span.path, span.offset + span.skip, strides)
+        if span.kind == "zip_record":
+            return Placed(span.path, self._record_start(span) + span.skip, strides)
         what = f"{span.path} (entry at byte {span.offset})"
         try:
             start, tensor = locate_tensor(
@@ -141,6 +145,25 @@ class Storage:
             raise ReadFault(str(problem)) from None
         offset = span.offset + start + tensor.offset * dtype.itemsize
         return Placed(span.path, offset, tensor.stride)
+
+    def _record_start(self, span: Span) -> int:
+        """Offset of a zip record's data; many chunks may lie in one record, so it is kept."""
+        key = span.path, span.offset
+        start = self._record_starts.get(key)
+        if start is None:
+            record = Record(f"at byte {span.offset}", span.offset, span.nbytes)
+
+            def pread(offset: int, nbytes: int) -> bytes:
+                return self.read(span.path, offset, nbytes)
+
+            try:
+                start = data_start(pread, record, self._identities[span.path].size, span.path)
+            except ReadFault:
+                raise
+            except CheckpointError as problem:
+                raise ReadFault(str(problem)) from None
+            self._record_starts[key] = start
+        return start
 
     @contextmanager
     def _open(self, path: str) -> Iterator[int]:

@@ -115,13 +115,21 @@ def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
     return int(start)
 
 
-def load_object(pread: Pread, nbytes: int, what: str) -> object:
-    """The object saved in the archive, as data (`unpickle.loads`); tensors become StoredView."""
+def load(pread: Pread, nbytes: int, what: str) -> tuple[object, Mapping[str, Record]]:
+    """The object saved in the archive, as data (`unpickle.loads`), and the archive's records.
+
+    A tensor becomes a StoredView of the record `data/<key>` of its storage; none is read.
+    """
     members = records(pread, nbytes, what)
     if "data.pkl" not in members:
         raise _malformed(what, "it has no data.pkl")
     _check_byte_order(pread, members, nbytes, what)
-    return _load_pickle(pread, members["data.pkl"], nbytes, what)
+    return _load_pickle(pread, members["data.pkl"], nbytes, what), members
+
+
+def load_object(pread: Pread, nbytes: int, what: str) -> object:
+    """The object saved in the archive, as data; see `load`."""
+    return load(pread, nbytes, what)[0]
 
 
 def locate_tensor(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
@@ -146,15 +154,22 @@ def locate_tensor(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView
             f"{what}: expected a plain tensor, found {getattr(tensor, 'name', tensor)!s:.80}. "
             "Quantised tensor classes cannot be read bit for bit."
         )
+    record = record_of(tensor, members, what)
+    return data_start(buffered, record, nbytes, what), tensor
+
+
+def record_of(tensor: StoredView, members: Mapping[str, Record], what: str) -> Record:
+    """The record that holds every element of `tensor`. Raises CheckpointError if none does."""
     record = members.get(f"data/{tensor.storage.key}")
     if record is None:
         raise _malformed(what, f"it has no record data/{tensor.storage.key}")
-    last = tensor.offset + sum(
-        (n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True) if n
-    )
-    if min(tensor.stride, default=0) < 0 or (last + 1) * tensor.dtype.itemsize > record.nbytes:
+    if len(tensor.size) != len(tensor.stride) or min((*tensor.size, *tensor.stride, 0)) < 0:
+        raise _malformed(what, "its tensor has an impossible shape")
+    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
+    end = 0 if 0 in tensor.size else (last + 1) * tensor.dtype.itemsize
+    if tensor.offset < 0 or end > record.nbytes:
         raise _malformed(what, "its tensor reaches beyond its storage")
-    return data_start(buffered, record, nbytes, what), tensor
+    return record
 
 
 def _load_pickle(pread: Pread, record: Record, nbytes: int, what: str) -> object:

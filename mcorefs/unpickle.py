@@ -207,6 +207,15 @@ def _rebuild_tensor(
     return StoredView(storage, dtype, offset, _shape(size), _shape(stride))
 
 
+def _rebuild_from_type(rebuild: object, kind: object, args: object, state: object = None) -> object:
+    """torch._tensor._rebuild_from_type_v2: a plain tensor on which attributes were set, or a
+    tensor of another class, which stays inert."""
+    plain_class = getattr(kind, "name", None) in ("torch.Tensor", "torch.nn.parameter.Parameter")
+    if plain_class and isinstance(rebuild, _Constructor) and isinstance(args, tuple):
+        return rebuild(*args)
+    return kind(state) if isinstance(kind, type) and issubclass(kind, Inert) else Inert(kind, state)
+
+
 def _shape(value: object) -> Shape:
     if isinstance(value, list | tuple) and all(type(n) is int for n in value):
         return tuple(value)
@@ -251,6 +260,8 @@ _CONSTRUCTORS: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Constructor(_rebuild_tensor),
     ("torch._utils", "_rebuild_parameter"): _Constructor(_first),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(_first),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Constructor(_rebuild_from_type),
     ("torch.storage", "UntypedStorage"): _StorageType(None),
     ("argparse", "Namespace"): Attributes,
     ("types", "SimpleNamespace"): Attributes,
