@@ -6,13 +6,21 @@ A format is one file in this folder that implements `Format`, and one line in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mcorefs.errors import CheckpointError
 from mcorefs.index import StoredTensor
 from mcorefs.storage import FileIdentity
+from mcorefs.torchzip import Pread
+from mcorefs.unpickle import Attributes, plain
+
+MAX_SHOWN = 50
+"""Problems listed one by one before the rest are only counted."""
 
 
 @dataclass(frozen=True)
@@ -46,3 +54,47 @@ class Format(Protocol):
     def index(self, path: Path) -> Checkpoint:
         """The checkpoint in `path`. Raises CheckpointError with every problem found."""
         ...
+
+
+def refusal(path: Path, problems: Sequence[str]) -> CheckpointError:
+    """The error that reports all `problems` of the checkpoint at `path`."""
+    shown = "".join(f"\n  - {problem}" for problem in problems[:MAX_SHOWN])
+    more = len(problems) - MAX_SHOWN
+    rest = f"\n  ... and {more} more" if more > 0 else ""
+    return CheckpointError(f"{path} cannot be opened:{shown}{rest}")
+
+
+def training_args(state: object, source: str) -> tuple[Mapping[str, object], str]:
+    """The training args in a saved state dict as plain values, and where they were found."""
+    args = state.get("args") if isinstance(state, dict) else None
+    if not isinstance(args, Attributes):
+        return {}, f"{source} holds no training args"
+    try:
+        return {str(name): plain(value) for name, value in args.__dict__.items()}, source
+    except RecursionError:
+        raise CheckpointError(f"{source}: the training args are nested too deeply") from None
+
+
+@contextmanager
+def reading(path: str, offset: int = 0) -> Iterator[Pread]:
+    """`pread` on the file at `path`, counted from `offset`; it raises where it comes short."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as problem:
+        raise CheckpointError(f"{path}: {problem.strerror}") from None
+
+    def pread(start: int, count: int) -> bytes:
+        try:
+            data = os.pread(fd, count, offset + start)
+        except OSError as problem:
+            raise CheckpointError(f"{path}: {problem.strerror}") from None
+        if len(data) < count:
+            raise CheckpointError(
+                f"{path} is cut short: wanted {count} bytes at {offset + start}, got {len(data)}"
+            )
+        return data
+
+    try:
+        yield pread
+    finally:
+        os.close(fd)

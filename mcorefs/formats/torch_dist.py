@@ -21,8 +21,8 @@ from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
-from mcorefs.errors import CheckpointError, ReadFault
-from mcorefs.formats.base import Checkpoint
+from mcorefs.errors import CheckpointError
+from mcorefs.formats.base import Checkpoint, reading, refusal, training_args
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import load_object
@@ -33,7 +33,6 @@ from mcorefs.unpickle import (
     MetadataIndex,
     TensorProperties,
     loads,
-    plain,
 )
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -73,9 +72,7 @@ class TorchDist:
             problems.extend([problem] if problem else [])
         files = storage.check_files(tensors.values(), problems)
         if problems:
-            shown = "".join(f"\n  - {problem}" for problem in problems[:50])
-            more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-            raise CheckpointError(f"{path} cannot be opened:{shown}{more}")
+            raise refusal(path, problems)
         if not tensors:
             raise CheckpointError(_no_weights(path, skipped))
         args, source = _args(path, storage)
@@ -215,32 +212,13 @@ def _args(path: Path, storage: _StorageTable) -> tuple[Mapping[str, object], str
         state = _load_range(span.path, span.offset, span.nbytes)
         if isinstance(state, list) and state:
             state = state[0]
-    args = state.get("args") if isinstance(state, dict) else None
-    if not isinstance(args, Attributes):
-        return {}, f"{source} holds no training args"
-    try:
-        return {str(name): plain(value) for name, value in args.__dict__.items()}, source
-    except RecursionError:
-        raise CheckpointError(f"{source}: the training args are nested too deeply") from None
+    return training_args(state, source)
 
 
 def _load_range(path: str, offset: int, nbytes: int) -> object:
     """The object in the `torch.save` archive at [offset, offset + nbytes) of `path`."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as problem:
-        raise CheckpointError(f"{path}: {problem.strerror}") from None
-    try:
-
-        def pread(start: int, count: int) -> bytes:
-            data = os.pread(fd, count, offset + start)
-            if len(data) < count:
-                raise ReadFault(f"{path} is cut short: wanted {count} bytes at {offset + start}")
-            return data
-
+    with reading(path, offset) as pread:
         return load_object(pread, nbytes, path)
-    finally:
-        os.close(fd)
 
 
 def _shape(value: object) -> Shape | None:
