@@ -38,7 +38,7 @@ TOLERANCE = 1e-4
 
 
 def is_checkable(spec: Spec) -> bool:
-    return spec.pp == spec.cp == 1 and spec.common != "common_state"
+    return spec.format == "torch_dist" and spec.pp == spec.cp == 1 and spec.common != "common_state"
 
 
 def main(names: list[str]) -> None:

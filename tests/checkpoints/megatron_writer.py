@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 from torch.overrides import TorchFunctionMode
 
+from . import torch_writer
 from .hf import TORCH_DTYPES
 from .saved_args import saved_args
 from .spec import Spec
@@ -84,12 +85,20 @@ def write_rank(
     init_parallel(spec, rank, rendezvous, timeout_s)
     models = build_models(spec)
     load(spec, models, hf)
+    if spec.flat_buffers:
+        torch_writer.flatten(models)
     directory = root / spec.iteration_dir
     if rank == 0:
         directory.mkdir(parents=True)
     torch.distributed.barrier()
     tokenizer = spec.tokenizer_model or str(final_root.parent / "tokenizer")
-    _save(spec, models, saved_args(spec, tokenizer, final_root, rank), directory)
+    args = saved_args(spec, tokenizer, final_root, rank)
+    if spec.format == "torch":
+        optimizer = _optimizer(spec, models) if spec.optimizer_entries else None
+        torch_writer.save_rank(spec, models, args, optimizer, _rng_states(), root)
+        torch.distributed.barrier()
+    else:
+        _save(spec, models, args, directory)
     if rank == 0:
         (root / "latest_checkpointed_iteration.txt").write_text(str(spec.iteration))
     destroy_parallel()
@@ -339,15 +348,19 @@ def _optimizer(spec: Spec, models: list[GPTModel]) -> Any:
     return wrapper
 
 
-def _rng_state(spec: Spec) -> ShardedObject:
-    """As `get_rng_state` of Megatron-LM's training/checkpointing.py."""
-    states = {
+def _rng_states() -> StateDict:
+    return {
         "random_rng_state": random.getstate(),
         "np_rng_state": np.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
         "cuda_rng_state": torch.get_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
+
+
+def _rng_state(spec: Spec) -> ShardedObject:
+    """As `get_rng_state` of Megatron-LM's training/checkpointing.py."""
+    states = _rng_states()
     pp = parallel_state.get_pipeline_model_parallel_rank()
     tp = parallel_state.get_tensor_model_parallel_rank()
     dp = parallel_state.get_data_parallel_rank(with_context_parallel=True)

@@ -21,7 +21,13 @@ from pathlib import Path
 
 from .spec import SPECS, Spec
 
-GENERATOR_FILES = ("hf.py", "megatron_writer.py", "saved_args.py", "weights.py")
+GENERATOR_FILES = (
+    "hf.py",
+    "megatron_writer.py",
+    "saved_args.py",
+    "torch_writer.py",
+    "weights.py",
+)
 LIBRARIES = ("megatron-core", "torch", "transformers", "tokenizers")
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 120.0

@@ -17,6 +17,11 @@ Common = Literal["common.pt", "common_state", "no_args"]
 """Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
 or a file without `args` (Megatron-Bridge, verl)."""
 
+Format = Literal["torch_dist", "torch"]
+Names = Literal["local", "te", "grouped_mlp"]
+"""Whose parameter names a format that keeps them holds: megatron's own modules, those of
+TransformerEngine, or those with megatron's GroupedMLP for the experts."""
+
 PADDING_VALUE = 777.0
 """Fills the vocabulary rows that only exist in Megatron: forgetting to cut them is seen at once
 (bf16 stores 776)."""
@@ -62,6 +67,11 @@ class Spec:
     seed: int = 20
 
     # The save.
+    format: Format = "torch_dist"
+    names: Names = "local"
+    """Only in format "torch": torch_dist has one set of names for all."""
+    flat_buffers: bool = False
+    """Parameters are views of a few big buffers, as DistributedDataParallel makes them."""
     per_layer_keys: bool = False
     singleton_local_shards: bool = False
     fully_parallel_save: bool = False
@@ -146,6 +156,8 @@ class Spec:
 
 _DENSE = Spec()
 _MOE = Spec(family="qwen3_moe", vocab_size=301)
+_TORCH = _DENSE.but(format="torch")
+_TORCH_MOE = _MOE.but(format="torch")
 
 SPECS: dict[str, Spec] = {
     # Dense models.
@@ -192,4 +204,37 @@ SPECS: dict[str, Spec] = {
         tp=2, per_layer_keys=True, common="common_state", seed=47
     ),
     "qwen3_moe-fp32-router": _MOE.but(fp32_router=True, iteration="release", seed=48),
+    # One torch.save file per rank.
+    "torch-qwen3": _TORCH.but(tied=True, common="no_args", names="te", seed=60),
+    "torch-qwen3-tp2": _TORCH.but(
+        tp=2, vocab_size_in_args=True, optimizer_entries=True, flat_buffers=True, seed=61
+    ),
+    "torch-qwen3-tp2-pp2-vpp2-tied": _TORCH.but(
+        tp=2, pp=2, vpp=2, layers=8, tied=True, vocab_divisible_by=32, seed=62
+    ),
+    "torch-qwen3-pp2-uneven": _TORCH.but(
+        pp=2,
+        layers=5,
+        first_stage_layers=2,
+        last_stage_layers=3,
+        common="no_args",
+        dtype="fp32",
+        names="te",
+        seed=63,
+    ),
+    "torch-qwen3-tp4-gqa2": _TORCH.but(
+        tp=4, kv_heads=2, dtype="fp16", vocab_divisible_by=32, iteration="release", seed=64
+    ),
+    "torch-qwen3_moe-tp2-pp2-ep2-etp1": _TORCH_MOE.but(tp=2, pp=2, ep=2, etp=1, seed=65),
+    "torch-qwen3_moe-tp2-pp2-ep2-etp2": _TORCH_MOE.but(
+        tp=2, pp=2, dp=2, ep=2, etp=2, optimizer_entries=True, flat_buffers=True, seed=66
+    ),
+    "torch-qwen3_moe-tp4-ep2-etp1": _TORCH_MOE.but(tp=4, ep=2, etp=1, names="te", seed=67),
+    "torch-qwen3_moe-ep4-dp4": _TORCH_MOE.but(ep=4, dp=4, names="te", tied=True, seed=68),
+    "torch-qwen3_moe-mixed-pp2": _TORCH_MOE.but(
+        pp=2, moe_layer_freq=(0, 1, 1, 0), fp32_router=True, iteration="release", seed=69
+    ),
+    "torch-qwen3_moe-grouped-mlp": _TORCH_MOE.but(
+        tp=2, dp=2, ep=2, names="grouped_mlp", flat_buffers=True, seed=70
+    ),
 }
