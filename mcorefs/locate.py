@@ -234,7 +234,10 @@ NOTHING = "it holds no checkpoint files"
 
 def _why_incomplete(path: Path) -> str:
     if any(path.glob("mp_rank_*")):
-        return "it is in the legacy torch format (mp_rank_*), which is not supported yet"
+        return (
+            "it has mp_rank_* directories but none holds model_optim_rng.pt: it was not copied or "
+            "saved completely"
+        )
     described, index = _is_file(path / "metadata.json"), _is_file(path / ".metadata")
     if described and any(path.glob("*/.zarray")):
         return "it is in the zarr format, which is not supported yet"

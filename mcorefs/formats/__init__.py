@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mcorefs.formats.base import Checkpoint, Format
 from mcorefs.formats.torch_dist import TorchDist
+from mcorefs.formats.torch_legacy import TorchLegacy
 
-FORMATS: tuple[Format, ...] = (TorchDist(),)
+FORMATS: tuple[Format, ...] = (TorchDist(), TorchLegacy())
 
 __all__ = ["FORMATS", "Checkpoint", "Format", "detect"]
 

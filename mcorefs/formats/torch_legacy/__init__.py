@@ -1,0 +1,74 @@
+"""`torch`: what Megatron-LM's `--ckpt-format torch` writes, one `torch.save` file per rank.
+
+    iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt
+
+A rank's file holds its modules' own state dict: local layer numbers, local expert numbers, its
+part of every parameter. `files` reads them, `ranks` puts them in their places, `stages` makes the
+tensors of the whole model from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.torch_legacy.files import FILE, directories
+from mcorefs.formats.torch_legacy.ranks import EMBEDDING, Ranks, arrange
+from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
+from mcorefs.index import StoredTensor
+
+HEAD = "output_layer.weight"
+
+
+class TorchLegacy:
+    """Format `torch`."""
+
+    name = "torch"
+
+    def detect(self, path: Path) -> bool:
+        try:
+            return any((directory / FILE).is_file() for directory, _ in directories(path))
+        except OSError:
+            return False
+
+    def index(self, path: Path) -> Checkpoint:
+        problems: list[str] = []
+        ranks = arrange(path, problems)
+        if ranks is None or problems:
+            raise refusal(path, problems)
+        tensors: dict[str, StoredTensor] = {}
+        for pp, stage, first_layer in stages(ranks, problems):
+            for name, tensor in stage_tensors(ranks, pp, stage, first_layer, problems):
+                if name not in tensors:
+                    tensors[name] = tensor
+                elif name != EMBEDDING:  # the stage with the MTP layers holds a copy of it
+                    problems.append(f"{name} is held by more than one pipeline stage")
+        skipped = Counter[str]()
+        for file in ranks.files:
+            skipped.update(file.skipped)
+        if _has_tied_copy(ranks, tensors, problems):
+            del tensors[HEAD]
+            skipped["copy of the tied embedding"] += 1
+        if problems:
+            raise refusal(path, list(dict.fromkeys(problems)))
+        identities = {file.path: file.identity for file in ranks.files}
+        source = ranks.files[0].args_source
+        return Checkpoint(self.name, path, tensors, ranks.args, source, identities, dict(skipped))
+
+
+def _has_tied_copy(ranks: Ranks, tensors: Mapping[str, StoredTensor], problems: list[str]) -> bool:
+    """Whether the last stage's output layer is its copy of the embedding: what it holds when the
+    two are tied and lie in different stages (megatron/core/models/gpt/gpt_model.py)."""
+    apart = ranks.pp * ranks.virtual > 1
+    tied = ranks.args.get("untie_embeddings_and_output_weights") is False
+    if not (tied and apart and HEAD in tensors and EMBEDDING in tensors):
+        return False
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        problems.append(
+            f"{HEAD} should be a copy of the embedding (they are tied in the training arguments) "
+            f"but is {list(head.shape)} where the embedding is {list(embedding.shape)}"
+        )
+    return True

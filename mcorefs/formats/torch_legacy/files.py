@@ -1,0 +1,158 @@
+"""The files of a legacy `torch` iteration, one per rank: their names, and what is in each.
+
+    iter_0000100/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt
+
+TT is the tensor-, PPP the pipeline-, EEE the expert-parallel rank; PPP is there only if the run
+had pipeline stages, EEE only if it had expert parallelism
+(Megatron-LM:megatron/training/checkpointing.py get_checkpoint_name, generate_state_dict).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcorefs.errors import CheckpointError
+from mcorefs.formats.base import reading, training_args
+from mcorefs.formats.torch_legacy.tensor_parallel import Part
+from mcorefs.index import Span
+from mcorefs.storage import FileIdentity, regular_file
+from mcorefs.torchzip import Record, load, record_of
+from mcorefs.unpickle import StoredView
+
+FILE = "model_optim_rng.pt"
+_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
+_MODEL = re.compile(r"model(\d*)$")
+_WRAPPERS = ("module.", "model.")
+
+
+@dataclass(frozen=True)
+class RankFile:
+    """What one rank saved."""
+
+    path: str
+    numbers: tuple[int, ...]
+    """The numbers in the directory's name: TT, TT PPP, TT EEE or TT PPP EEE."""
+    identity: FileIdentity
+    args: Mapping[str, object]
+    args_source: str
+    iteration: object
+    stages: tuple[Mapping[str, Part], ...]
+    """The parameters of each virtual pipeline stage, under their local names."""
+    skipped: Mapping[str, int]
+
+    @property
+    def directory(self) -> str:
+        """The name of the rank's directory, as messages name the rank."""
+        return self.path.rsplit("/", 2)[-2]
+
+
+def directories(path: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
+    """The rank directories in `path`, with the numbers in their names."""
+    for child in sorted(path.iterdir()):
+        if match := _DIRECTORY.match(child.name):
+            yield child, tuple(int(number) for number in match.groups() if number is not None)
+
+
+def read(directory: Path, numbers: tuple[int, ...], problems: list[str]) -> RankFile | None:
+    """The rank file in `directory`, from its pickle and its zip directory alone.
+
+    None, with what is wrong added to `problems`, if it cannot be used.
+    """
+    path = str(directory / FILE)
+    identity, why = regular_file(path)
+    if identity is None:
+        problems.append(f"{path}: {why}")
+        return None
+    try:
+        with reading(path) as pread:
+            _refuse_old_container(pread(0, min(2, identity.size)), path)
+            state, records = load(pread, identity.size, path)
+        args, source = training_args(state, path)
+        skipped: Counter[str] = Counter()
+        faults: list[str] = []
+        stages = tuple(
+            _parameters(model, path, records, skipped, faults) for model in _models(state, path)
+        )
+    except CheckpointError as problem:
+        problems.append(str(problem))
+        return None
+    if faults:
+        problems.extend(faults)
+        return None
+    assert isinstance(state, dict)
+    skipped.update(str(key) for key in state if key in ("optimizer", "opt_param_scheduler"))
+    return RankFile(
+        path, numbers, identity, args, source, state.get("iteration"), stages, dict(skipped)
+    )
+
+
+def _refuse_old_container(magic: bytes, path: str) -> None:
+    if magic == b"\x80\x02":
+        raise CheckpointError(
+            f"{path} is in torch.save's format from before 1.6 (not a zip), which cannot be read "
+            "lazily; load it with torch and save it again with torch.save"
+        )
+
+
+def _models(state: object, path: str) -> list[Mapping[object, object]]:
+    """The state dict of each virtual pipeline stage: `model`, or `model0`, `model1`, ..."""
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds no dict, as every rank's file does")
+    numbered = {m[1]: state[key] for key in state if (m := _MODEL.match(str(key)))}
+    wanted = [""] if "" in numbered else [str(number) for number in range(len(numbered))]
+    models = [numbered.get(number) for number in wanted]
+    if not models or len(models) != len(numbered):
+        held = ", ".join(str(key) for key in list(state)[:12]) or "nothing"
+        raise CheckpointError(f"{path} holds no model weights; it holds {held}")
+    found: list[Mapping[object, object]] = []
+    for model in models:
+        if not isinstance(model, dict):
+            raise CheckpointError(f"{path}: its model is no dict")
+        if "language_model" in model:
+            raise CheckpointError(
+                f"{path} holds a model from before Megatron-Core (`language_model` in it, "
+                "--use-legacy-models); convert it with tools/checkpoint/convert.py of Megatron-LM "
+                "0.15 or older (--loader legacy --saver core) first"
+            )
+        found.append(model)
+    return found
+
+
+def _parameters(
+    model: Mapping[object, object],
+    path: str,
+    records: Mapping[str, Record],
+    skipped: Counter[str],
+    problems: list[str],
+) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    for name, value in model.items():
+        if "_extra_state" in str(name):
+            skipped["_extra_state"] += 1
+        elif isinstance(value, StoredView):
+            try:
+                record = record_of(value, records, f"{path}: {name}")
+            except CheckpointError as problem:
+                problems.append(str(problem))
+                continue
+            span = Span(path, record.header, record.nbytes, "zip_record")
+            parts[str(name)] = Part(span, value.dtype, value.size, value.stride, value.offset)
+        else:
+            kind = getattr(value, "name", "") or type(value).__name__
+            problems.append(
+                f"{path}: {name} is no plain tensor but a {kind:.80}, which cannot be read bit "
+                "for bit"
+            )
+    return _unwrapped(parts)
+
+
+def _unwrapped(parts: dict[str, Part]) -> dict[str, Part]:
+    """Names without the prefixes that wrappers (DDP, Float16Module) put before all of them."""
+    for prefix in _WRAPPERS:
+        while parts and all(name.startswith(prefix) for name in parts):
+            parts = {name.removeprefix(prefix): part for name, part in parts.items()}
+    return parts
