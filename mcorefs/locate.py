@@ -275,6 +275,8 @@ def _explain(path: Path, below: list[Path]) -> str:
             f"{path} is a Hugging Face model directory already: no conversion is needed, pass it "
             "to from_pretrained as it is"
         )
+    if (path / "model_optim_rng.pt").is_file():
+        return f"{path} holds what one rank saved; pass the directory above it, {path.parent}"
     why = _why_incomplete(path)
     if why != NOTHING:
         return f"{path} cannot be opened: {why}"

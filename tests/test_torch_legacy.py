@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import zipfile
@@ -486,6 +487,11 @@ def test_an_iteration_without_rank_files_is_incomplete(tmp_path: Path) -> None:
     assert f"none holds {FILE}" in error_of(tmp_path)
 
 
+def test_a_rank_directory_is_not_a_checkpoint(fixtures: Mapping[str, Fixture]) -> None:
+    iteration = fixtures["torch-qwen3"].iteration
+    assert f"pass the directory above it, {iteration}" in error_of(iteration / "mp_rank_00")
+
+
 def test_files_cut_short_are_all_reported(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(fixtures["torch-qwen3-tp4-gqa2"].root, root)
@@ -498,16 +504,26 @@ def test_files_cut_short_are_all_reported(fixtures: Mapping[str, Fixture], tmp_p
     assert "missing" not in text
 
 
-def test_compressed_records_are_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    shutil.copytree(fixtures["torch-qwen3-tp4-gqa2"].root, root)
-    file = root / "release" / "mp_rank_02" / FILE
+def _rezipped(file: Path, method: int, shorten: str | None = None) -> None:
+    """Write the archive again: with a compression method, with one record cut in half."""
     with zipfile.ZipFile(file) as old:
         members = {name: old.read(name) for name in old.namelist()}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+    with zipfile.ZipFile(file, "w", method) as new:
         for name, data in members.items():
-            new.writestr(name, data)
-    assert "is compressed" in error_of(root)
+            cut = shorten is not None and name.endswith(f"/{shorten}")
+            new.writestr(name, data[: len(data) // 2] if cut else data)
+
+
+def test_compressed_and_shortened_records_are_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(fixtures["torch-qwen3-tp4-gqa2"].root, root)
+    _rezipped(root / "release" / "mp_rank_02" / FILE, zipfile.ZIP_DEFLATED)
+    _rezipped(root / "release" / "mp_rank_03" / FILE, zipfile.ZIP_STORED, "data/1")
+    text = error_of(root)
+    assert re.search(rf"mp_rank_02/{FILE} .* is compressed", text)
+    assert re.search(rf"mp_rank_03/{FILE}: decoder\..* reaches beyond its storage", text)
 
 
 class _Touch:
@@ -600,6 +616,59 @@ def test_files_of_another_save_are_reported(
     assert "tensor_model_parallel_size 4 instead of 2" in text
     assert "iteration 50 instead of 100" in text
     assert "mp_rank_03 cannot be of this save" in text
+
+
+def test_directories_of_two_saves_are_reported(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(fixtures["torch-qwen3"].root, root)
+    iteration = root / fixtures["torch-qwen3"].spec.iteration_dir
+    shutil.copytree(iteration / "mp_rank_00", iteration / "mp_rank_00_000")
+    assert "not of one save: mp_rank_00, mp_rank_00_000" in error_of(root)
+
+
+def test_a_pipeline_stage_may_copy_the_embedding_and_nothing_else(tmp_path: Path) -> None:
+    """The stage with the multi-token prediction layers holds the embedding too."""
+    embedding, norm = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
+    shared = torch.arange(6.0).reshape(3, 2)
+    stages_: dict[str, StateDict] = {
+        "mp_rank_00_000": {embedding: shared},
+        "mp_rank_00_001": {embedding: shared, norm: torch.ones(2)},
+    }
+    args = {"pipeline_model_parallel_size": 2}
+    found = _values(TorchLegacy().index(_saved(tmp_path / "a", stages_, args)))
+    assert found.keys() == {embedding, norm}
+    stages_["mp_rank_00_000"][norm] = torch.ones(2)
+    with pytest.raises(CheckpointError, match="held by more than one pipeline stage"):
+        TorchLegacy().index(_saved(tmp_path / "b", stages_, args))
+
+
+def test_a_tied_output_layer_must_look_like_the_embedding(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["torch-qwen3-tp2-pp2-vpp2-tied"]
+
+    def grow(state: StateDict, _: str) -> None:
+        if "output_layer.weight" in state["model1"]:
+            state["model1"]["output_layer.weight"] = torch.ones(200, 64, dtype=torch.bfloat16)
+
+    text = error_of(rewritten(fixture, tmp_path / "root", grow))
+    assert "output_layer.weight should be a copy of the embedding" in text
+
+
+def test_expert_ranks_must_hold_as_many_experts(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["torch-qwen3_moe-tp4-ep2-etp1"]
+
+    def drop(state: StateDict, rank: str) -> None:
+        if rank.endswith("_001"):
+            for fc in (1, 2):
+                del state["model"][f"decoder.layers.2.mlp.experts.linear_fc{fc}.weight3"]
+
+    text = error_of(rewritten(fixture, tmp_path / "root", drop))
+    assert "layers.2.mlp.experts: mp_rank_01_001 holds 3 experts but expert-parallel rank 0" in text
 
 
 def test_a_parameter_nobody_knows_is_refused_when_it_is_cut(

@@ -230,6 +230,7 @@ SPECS: dict[str, Spec] = {
         tp=2, pp=2, dp=2, ep=2, etp=2, optimizer_entries=True, flat_buffers=True, seed=66
     ),
     "torch-qwen3_moe-tp4-ep2-etp1": _TORCH_MOE.but(tp=4, ep=2, etp=1, names="te", seed=67),
+    "torch-qwen3_moe-tp4-ep2-etp2": _TORCH_MOE.but(tp=4, ep=2, etp=2, dtype="fp32", seed=71),
     "torch-qwen3_moe-ep4-dp4": _TORCH_MOE.but(ep=4, dp=4, names="te", tied=True, seed=68),
     "torch-qwen3_moe-mixed-pp2": _TORCH_MOE.but(
         pp=2, moe_layer_freq=(0, 1, 1, 0), fp32_router=True, iteration="release", seed=69
