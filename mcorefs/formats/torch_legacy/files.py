@@ -24,8 +24,8 @@ from mcorefs.torchzip import Record, load, record_of
 from mcorefs.unpickle import StoredView
 
 FILE = "model_optim_rng.pt"
-_DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?$")
-_MODEL = re.compile(r"model(\d*)$")
+_DIRECTORY = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
+_MODEL = re.compile(r"model([0-9]*)")
 _WRAPPERS = ("module.", "model.")
 
 
@@ -53,7 +53,7 @@ class RankFile:
 def directories(path: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
     """The rank directories in `path`, with the numbers in their names."""
     for child in sorted(path.iterdir()):
-        if match := _DIRECTORY.match(child.name):
+        if match := _DIRECTORY.fullmatch(child.name):
             yield child, tuple(int(number) for number in match.groups() if number is not None)
 
 
@@ -102,7 +102,7 @@ def _models(state: object, path: str) -> list[Mapping[object, object]]:
     """The state dict of each virtual pipeline stage: `model`, or `model0`, `model1`, ..."""
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no dict, as every rank's file does")
-    numbered = {m[1]: state[key] for key in state if (m := _MODEL.match(str(key)))}
+    numbered = {m[1]: state[key] for key in state if (m := _MODEL.fullmatch(str(key)))}
     wanted = [""] if "" in numbered else [str(number) for number in range(len(numbered))]
     models = [numbered.get(number) for number in wanted]
     if not models or len(models) != len(numbered):
