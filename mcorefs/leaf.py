@@ -38,7 +38,7 @@ class StorageLeaf:
             start = placed.offset + first * size
             self.storage.read_into(placed.path, start, out.data.cast("B"))
             return
-        if stretch * size > GATHER_BYTES and (axis := _longest(box.sizes)) is not None:
+        if stretch * size > GATHER_BYTES and (axis := _widest(placed.strides, box)) is not None:
             for half, where in _halves(box, axis):
                 self._copy(placed, half, out[where])
             return
@@ -66,9 +66,12 @@ def _dense(out: Array) -> bool:
     return out.flags.c_contiguous and out.flags.writeable
 
 
-def _longest(sizes: Shape) -> int | None:
-    """The first axis that can be halved."""
-    return next((axis for axis, size in enumerate(sizes) if size > 1), None)
+def _widest(strides: Shape, box: Box) -> int | None:
+    """The axis along which the elements lie furthest apart: the one to halve, so that each half
+    has half the stretch. The first axis, except where the tensor is stored transposed."""
+    extents = [(n - 1) * s for n, s in zip(box.sizes, strides, strict=True)]
+    widest = max(extents, default=0)
+    return extents.index(widest) if widest else None
 
 
 def _halves(box: Box, axis: int) -> Iterator[tuple[Box, tuple[slice, ...]]]:

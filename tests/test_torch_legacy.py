@@ -430,6 +430,36 @@ def test_finds_tensors_beyond_four_gib(tmp_path: Path) -> None:
     )
 
 
+def test_a_tile_of_a_transposed_expert_costs_one_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of GroupedMLP's weight1 lies all over its expert, which must not be read per row."""
+    hidden, width = 512, 16_384
+    stacked = torch.arange(2 * hidden * width, dtype=torch.int32).view(torch.float32)
+    layer = "decoder.layers.0.mlp."
+    state = {
+        f"{layer}router.weight": torch.ones(2, hidden),
+        f"{layer}experts.weight1": stacked.reshape(hidden, 2 * width),
+    }
+    checkpoint = TorchLegacy().index(_saved(tmp_path, {"mp_rank_00": state}, {}))
+    read = 0
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        count = real(fd, buffers, offset)
+        read += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    expert = checkpoint.tensors[f"{layer}experts.1.linear_fc1.weight"]
+    out = np.empty((64, hidden), np.uint32)
+    StorageLeaf(Storage(checkpoint.files))(expert, Box((100, 0), out.shape), out)
+    wanted = stacked.view(torch.int32).reshape(2, hidden, width)[1].T[100:164]
+    np.testing.assert_array_equal(out, wanted.numpy())
+    assert read < 1.1 * hidden * width * 4
+
+
 def test_a_file_replaced_after_opening_is_refused(
     fixtures: Mapping[str, Fixture], tmp_path: Path
 ) -> None:
