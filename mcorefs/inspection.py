@@ -44,6 +44,8 @@ class Inspection:
     """What the family was told by."""
     parallel: Mapping[str, int] = field(default_factory=dict)
     """Sizes as the training arguments state them: {"TP": 4, "PP": 2, ...}."""
+    trainer: str | None = None
+    """The framework that wrote it."""
     args_source: str | None = None
     parameters: int | None = None
     total_bytes: int | None = None
@@ -112,6 +114,8 @@ def _of_model(found: Inspection, model: Model) -> Inspection:
         found,
         architecture=model.choice.family.architecture,
         evidence=model.choice.evidence,
+        trainer=model.companions.trainer,
+        args_source=model.companions.args_source,
         parameters=sum(tensor.nbytes // tensor.dtype.itemsize for tensor in model.tensors),
         total_bytes=sum(tensor.nbytes for tensor in model.tensors),
         dtypes=dtypes,

@@ -16,7 +16,9 @@ from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts
 from mcorefs.mapping.plan import HfTensor, plan
+from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
+from mcorefs.trainers import Companions, companions
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -48,6 +50,7 @@ class Model:
 
     location: Location
     checkpoint: Checkpoint
+    companions: Companions
     choice: Choice
     facts: Facts
     tensors: tuple[HfTensor, ...]
@@ -65,20 +68,25 @@ def load(path: Path, options: Options) -> Model:
     """
     dtype = _dtype(options.dtype)
     location = locate(path, options.iteration)
-    reference = configs.read_reference(options.hf_config)
     checkpoint = location.format.index(location.path)
+    beside = companions(location, checkpoint)
+    reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors)
     refused = f"{location.path} cannot be presented as a Hugging Face model:"
     if not canonical.tensors:
         raise MappingError(refused, canonical.problems)
-    choice = choose(canonical.tensors, options.family, reference)
-    facts, said, problems = gather(
-        canonical.tensors, checkpoint.args, reference, options.vocab_size
-    )
-    remarks = [*location.remarks, *said]
+    choice = choose(canonical.tensors, options.family, reference, beside.model_type)
+    facts, said, problems = gather(canonical.tensors, beside.args, reference, options.vocab_size)
+    remarks = [*location.remarks, *beside.remarks, *said]
     tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
     problems += [*canonical.problems, *faults]
-    tokenizer = find(options.tokenizer, location.path, options.hf_config, checkpoint.args)
+    tokenizer = find(
+        options.tokenizer,
+        location.path,
+        options.hf_config,
+        beside.args,
+        (*beside.tokenizers, *beside.hf_directories),
+    )
     if tokenizer.largest_id is not None and tokenizer.largest_id >= facts.dims.get(
         "vocab", 1 << 62
     ):
@@ -99,13 +107,11 @@ def load(path: Path, options: Options) -> Model:
         raise MappingError(
             f"{location.path} cannot be presented as {choice.family.architecture}:", problems
         )
-    directory = options.hf_config
-    if directory is not None and not directory.is_dir():
-        directory = directory.parent
-    generation = configs.generation_config(config, directory, tokenizer.token_ids)
+    generation = configs.generation_config(config, reference, tokenizer.token_ids)
     return Model(
         location,
         checkpoint,
+        beside,
         choice,
         facts,
         tuple(tensors),
@@ -114,6 +120,16 @@ def load(path: Path, options: Options) -> Model:
         tokenizer,
         tuple(remarks),
     )
+
+
+def _reference(options: Options, beside: Companions) -> Reference:
+    """The config.json that the user names, else the first one that lies beside the checkpoint."""
+    if options.hf_config is not None:
+        return read_reference(options.hf_config)
+    for directory in beside.hf_directories:
+        if (directory / "config.json").is_file():
+            return read_reference(directory, str(directory / "config.json"))
+    return NO_REFERENCE
 
 
 def _dtype(name: str | None) -> DType | None:

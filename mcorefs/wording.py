@@ -88,6 +88,7 @@ def inspection(found: Inspection) -> Iterator[tuple[str, str]]:
         ("tensors", found.total_bytes and size(found.total_bytes)),
         ("dtypes", _pairs(found.dtypes)),
         ("parallel", _pairs(found.parallel)),
+        ("written by", found.trainer),
         ("arguments", found.args_source),
         ("shard files", found.shard_files and _shards(found)),
         ("left aside", _pairs(found.skipped)),

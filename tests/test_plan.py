@@ -22,6 +22,7 @@ from mcorefs.mapping.families import FAMILIES
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.plan import natural_key, plan
+from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
 from mcorefs.views import Stored, View
 from tests.checkpoints import Fixture, ensure
@@ -64,7 +65,7 @@ LAYER = "decoder.layers.2."
 def problems_of(tensors: Tensors, **args: object) -> list[str]:
     """What gathering and planning say of `tensors`, as Qwen3 or, with a router, as Qwen3-MoE."""
     family = QWEN3_MOE if any(".router." in name for name in tensors) else QWEN3
-    facts, _, problems = gather(tensors, args, {}, 307)
+    facts, _, problems = gather(tensors, args, NO_REFERENCE, 307)
     return [*problems, *plan(family, tensors, facts)[1]]
 
 
@@ -167,14 +168,14 @@ def test_experts_that_differ_in_size(moe: Tensors) -> None:
 
 def test_what_is_no_number_cannot_be_cast(dense: Tensors) -> None:
     dense["decoder.final_layernorm.weight"] = unread((64,), "I32")
-    facts, _, _ = gather(dense, {}, {}, 307)
+    facts, _, _ = gather(dense, {}, NO_REFERENCE, 307)
     _, problems = plan(QWEN3, dense, facts, F32)
     assert problems == ["model.norm.weight cannot be made from its source [64]: to F32 from I32"]
     assert plan(QWEN3, dense, facts)[1] == []
 
 
 def test_the_router_is_not_cast(moe: Tensors) -> None:
-    facts, _, _ = gather(moe, {}, {}, 301)
+    facts, _, _ = gather(moe, {}, NO_REFERENCE, 301)
     dtypes = {t.name: t.dtype for t in plan(QWEN3_MOE, moe, facts, F32)[0]}
     routers = {name for name in dtypes if name.endswith("mlp.gate.weight")}
     assert {dtypes.pop(name) for name in routers} == {BF16}
@@ -184,7 +185,7 @@ def test_the_router_is_not_cast(moe: Tensors) -> None:
 def test_natural_order_is_transformers_own(moe: Tensors) -> None:
     from transformers.core_model_loading import dot_natural_key
 
-    facts, _, _ = gather(moe, {}, {}, 301)
+    facts, _, _ = gather(moe, {}, NO_REFERENCE, 301)
     names = [f"{t.name.replace('layers.1.', 'layers.10.')}" for t in plan(QWEN3_MOE, moe, facts)[0]]
     random.Random(1).shuffle(names)
     assert sorted(names, key=natural_key) == sorted(names, key=dot_natural_key)
@@ -247,13 +248,13 @@ def test_an_absurd_layer_number_is_no_endless_loop(dense: Tensors) -> None:
 def test_head_size_needs_a_source(dense: Tensors) -> None:
     """Without q/k norms only args or a reference know it."""
     plain = {name: view for name, view in dense.items() if "_layernorm.weight" not in name}
-    _, _, problems = gather(plain, {}, {})
+    _, _, problems = gather(plain, {}, NO_REFERENCE)
     assert any("number of attention heads is recorded nowhere" in p for p in problems)
     sources: tuple[dict[str, object], ...] = ({"num_attention_heads": 8}, {"kv_channels": 16})
     for args in sources:
-        assert gather(plain, args, {})[0].dims["head_dim"] == 16
+        assert gather(plain, args, NO_REFERENCE)[0].dims["head_dim"] == 16
     for reference in ({"num_attention_heads": 8}, {"head_dim": 16}):
-        facts, _, problems = gather(plain, {}, reference)
+        facts, _, problems = gather(plain, {}, Reference(reference, "--hf-config"))
         assert (facts.dims["heads"], facts.dims["groups"], facts.dims["kv_rows"]) == (8, 4, 64)
 
 
@@ -287,7 +288,7 @@ def test_the_family_is_seen_with_its_evidence(
 ) -> None:
     mixed = canonical(fixtures["qwen3_moe-mixed-pp2"])
     for tensors, family in ((dense, QWEN3), (moe, QWEN3_MOE), (mixed, QWEN3_MOE)):
-        found = choose(tensors, None, {})
+        found = choose(tensors, None, NO_REFERENCE)
         assert found.family is family
         assert "has decoder.layers.*.self_attention.q_layernorm.weight" in found.evidence
     assert "has decoder.layers.*.mlp.router.weight" in found.evidence
@@ -306,7 +307,7 @@ def test_the_family_is_seen_with_its_evidence(
 def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, family: str) -> None:
     tensors = {**canonical(fixtures[family]), extra: unread((8,))}
     with pytest.raises(MappingError) as caught:
-        choose(tensors, None, {})
+        choose(tensors, None, NO_REFERENCE)
     assert "no supported model family fits" in str(caught.value)
     assert "--family NAME or --hf-config DIR" in str(caught.value)
     assert len(caught.value.problems) == len(FAMILIES)
@@ -318,23 +319,33 @@ def test_several_that_fit_are_told(dense: Tensors, monkeypatch: pytest.MonkeyPat
     twin = replace(QWEN3, name="qwen3_twin")
     monkeypatch.setattr("mcorefs.mapping.choose.FAMILIES", (QWEN3, twin))
     with pytest.raises(MappingError, match="several model families fit") as caught:
-        choose(dense, None, {})
+        choose(dense, None, NO_REFERENCE)
     assert caught.value.problems == ("qwen3: fits", "qwen3_twin: fits")
-    assert choose(dense, "qwen3_twin", {}).family is twin
+    assert choose(dense, "qwen3_twin", NO_REFERENCE).family is twin
 
 
 def test_the_user_and_the_reference_name_the_family(dense: Tensors) -> None:
-    assert choose(dense, "qwen3_moe", {}).family is QWEN3_MOE
-    assert choose(dense, "Qwen3MoeForCausalLM", {}).evidence == ("--family Qwen3MoeForCausalLM",)
-    found = choose(dense, None, {"model_type": "qwen3_moe"})
+    assert choose(dense, "qwen3_moe", NO_REFERENCE).family is QWEN3_MOE
+    assert choose(dense, "Qwen3MoeForCausalLM", NO_REFERENCE).evidence == (
+        "--family Qwen3MoeForCausalLM",
+    )
+    found = choose(dense, None, Reference({"model_type": "qwen3_moe"}, "--hf-config"))
     assert found.evidence == ("model_type qwen3_moe in --hf-config",)
-    assert choose(dense, "qwen3", {"model_type": "qwen3"}).family is QWEN3
+    assert choose(dense, "qwen3", Reference({"model_type": "qwen3"}, "--hf-config")).family is QWEN3
     with pytest.raises(MappingError, match="--family is 'llama', which is not supported yet"):
-        choose(dense, "llama", {})
+        choose(dense, "llama", NO_REFERENCE)
     with pytest.raises(
         MappingError, match="--family is qwen3 but model_type in --hf-config is qwen3_"
     ):
-        choose(dense, "qwen3", {"model_type": "qwen3_moe"})
+        choose(dense, "qwen3", Reference({"model_type": "qwen3_moe"}, "--hf-config"))
+
+
+def test_a_trainer_hints_at_the_family(dense: Tensors) -> None:
+    found = choose(dense, None, NO_REFERENCE, "qwen3_moe")
+    assert found.family is QWEN3_MOE
+    assert found.evidence == ("the trainer names model_type qwen3_moe",)
+    assert choose(dense, None, NO_REFERENCE, "a type of its own").family is QWEN3
+    assert choose(dense, "qwen3", NO_REFERENCE, "qwen3_moe").family is QWEN3
 
 
 def test_a_wrong_family_cannot_pass(fixtures: Mapping[str, Fixture]) -> None:

@@ -9,6 +9,7 @@ from mcorefs.errors import MappingError
 from mcorefs.mapping.families import FAMILIES
 from mcorefs.mapping.family import Family
 from mcorefs.mapping.plan import evidence
+from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
 
@@ -21,25 +22,31 @@ class Choice:
 
 
 def choose(
-    tensors: Mapping[str, View], named: str | None, reference: Mapping[str, object]
+    tensors: Mapping[str, View],
+    named: str | None,
+    reference: Reference,
+    hint: str | None = None,
 ) -> Choice:
-    """The family that the user names, that a reference config names, or that the tensors show.
+    """The family that the user names, that a reference config names, that the trainer's `hint`
+    (a model_type) names if it is one of ours, or that the tensors show.
 
     Raises MappingError, with the evidence and the near misses, where none or several fit.
     """
-    model_type = reference.get("model_type")
+    model_type = reference.config.get("model_type")
     if named is not None:
         family = _by_name(named, "--family")
         if model_type not in (None, family.name):
             raise MappingError(
-                f"--family is {named} but model_type in --hf-config is {model_type}; pass the one "
-                "that is right",
+                f"--family is {named} but model_type in {reference.where} is {model_type}; "
+                "pass the one that is right",
                 [],
             )
         return Choice(family, (f"--family {named}",))
     if isinstance(model_type, str):
-        family = _by_name(model_type, "model_type in --hf-config")
-        return Choice(family, (f"model_type {model_type} in --hf-config",))
+        family = _by_name(model_type, f"model_type in {reference.where}")
+        return Choice(family, (f"model_type {model_type} in {reference.where}",))
+    if (hinted := next((family for family in FAMILIES if family.name == hint), None)) is not None:
+        return Choice(hinted, (f"the trainer names model_type {hint}",))
     weighed = [(family, *evidence(family, tensors)) for family in FAMILIES]
     fitting = [(family, reasons) for family, reasons, against in weighed if not against]
     if len(fitting) == 1:

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
-from mcorefs.errors import CheckpointError
 from mcorefs.mapping.family import REQUIRED, Facts, Family, Key, Proven, Soft
+from mcorefs.mapping.reference import Reference
 
 NOT_COPIED = ("auto_map", "quantization_config", "transformers_version", "_name_or_path")
 """Reference keys that do not describe the bytes served here."""
@@ -23,54 +21,15 @@ NOT_COPIED = ("auto_map", "quantization_config", "transformers_version", "_name_
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def read_reference(given: Path | None) -> Mapping[str, object]:
-    """config.json of the `--hf-config` directory (or the file itself), in the hub's spelling;
-    empty without one. Raises CheckpointError where it is no config of a model."""
-    if given is None:
-        return {}
-    path = given / "config.json" if given.is_dir() else given
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"--hf-config {given}: there is no {path.name}; pass the directory of a Hugging Face "
-            "model"
-        ) from None
-    except (OSError, ValueError, RecursionError) as problem:
-        why = getattr(problem, "strerror", None) or f"is not JSON: {problem}"
-        raise CheckpointError(f"--hf-config {path} cannot be read: {why}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(
-            f"--hf-config {path}: it names no model_type, so it is not the config.json of a model"
-        )
-    return _hub_rope(cast(dict[str, object], config))
-
-
-def _hub_rope(config: dict[str, object]) -> dict[str, object]:
-    """`config` with rope_theta and rope_scaling where it has transformers 5's rope_parameters."""
-    parameters = config.get("rope_parameters")
-    scaling = config.get("rope_scaling") or parameters
-    if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
-        return config
-    rest = {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")}
-    rest.setdefault("rope_type", scaling.get("type", "default"))
-    found = {k: v for k, v in config.items() if k != "rope_parameters"}
-    found["rope_scaling"] = None if rest["rope_type"] == "default" else rest
-    for described in (parameters, scaling):
-        if isinstance(described, dict) and "rope_theta" in described:
-            found["rope_theta"] = described["rope_theta"]
-    return found
-
-
 def synthesise(
     family: Family,
     facts: Facts,
-    reference: Mapping[str, object],
+    reference: Reference,
     token_ids: Mapping[str, object],
     dtype: str,
 ) -> tuple[dict[str, object], list[str], list[str]]:
     """(config.json, remarks on what was assumed or overruled, problems)."""
-    config = {name: value for name, value in reference.items() if name not in NOT_COPIED}
+    config = {name: value for name, value in reference.config.items() if name not in NOT_COPIED}
     config["architectures"], config["model_type"] = [family.architecture], family.name
     settled = {name: _settle(name, key, facts, reference) for name, key in family.config.items()}
     for name, found in settled.items():
@@ -104,9 +63,9 @@ class _Settled:
     is_assumed: bool = False
 
 
-def _settle(name: str, key: Key, facts: Facts, reference: Mapping[str, object]) -> _Settled:
+def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled:
     """The value of one key, from what the checkpoint and the reference say."""
-    stated = _stated(reference, (name, *key.aliases))
+    stated = _stated(reference.config, (name, *key.aliases))
     found = key.value(facts)
     if found is None:
         if stated is not None:
@@ -119,22 +78,28 @@ def _settle(name: str, key: Key, facts: Facts, reference: Mapping[str, object]) 
         return _Settled(value if stated is None else stated)
     ours, theirs = _show(value), _show(stated)
     if isinstance(found, Soft):
-        return _Settled(stated, f"{name} is {theirs} as in --hf-config (training used {ours})")
+        return _Settled(
+            stated, f"{name} is {theirs} as in {reference.where} (training used {ours})"
+        )
     if isinstance(found, Proven):
-        return _Settled(value, f"{name} is {ours} as in the checkpoint (--hf-config says {theirs})")
+        return _Settled(
+            value, f"{name} is {ours} as in the checkpoint ({reference.where} says {theirs})"
+        )
     problem = (
-        f"{name} is {ours} in the checkpoint but {theirs} in --hf-config: this is not the config "
-        "of the model that was trained"
+        f"{name} is {ours} in the checkpoint but {theirs} in {reference.where}: this is not the "
+        "config of the model that was trained"
     )
     return _Settled(value, problem=problem)
 
 
 def generation_config(
-    config: Mapping[str, object], directory: Path | None, token_ids: Mapping[str, object]
+    config: Mapping[str, object], reference: Reference, token_ids: Mapping[str, object]
 ) -> bytes:
     """generation_config.json: the reference's own file, else the token ids that are known."""
-    if directory is not None and (file := directory / "generation_config.json").is_file():
-        return file.read_bytes()
+    if reference.directory is not None:
+        file = reference.directory / "generation_config.json"
+        if file.is_file():
+            return file.read_bytes()
     generation: dict[str, object] = {"_from_model_config": True}
     for name in TOKEN_IDS:
         value = config.get(name, token_ids.get(name))

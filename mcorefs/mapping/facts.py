@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mcorefs.mapping.family import Facts
+from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -33,7 +34,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
 def gather(
     tensors: Mapping[str, View],
     args: Mapping[str, object],
-    reference: Mapping[str, object],
+    reference: Reference,
     vocab_size: int | None = None,
 ) -> tuple[Facts, list[str], list[str]]:
     """(facts of canonical `tensors` trained with `args`, remarks, every contradiction found).
@@ -103,7 +104,7 @@ def _attention(
     dims: dict[str, int],
     first: Mapping[str, View],
     args: Mapping[str, object],
-    reference: Mapping[str, object],
+    reference: Reference,
     problems: list[str],
 ) -> None:
     """heads, groups and head_dim: linear_qkv has (heads + 2 * groups) * head_dim rows and
@@ -114,8 +115,10 @@ def _attention(
     if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
         return
     rows, columns = qkv.shape[0], proj.shape[1]
-    heads = _int(args.get("num_attention_heads")) or _int(reference.get("num_attention_heads"))
-    head_dim = _int(args.get("kv_channels")) or _int(reference.get("head_dim"))
+    heads = _int(args.get("num_attention_heads")) or _int(
+        reference.config.get("num_attention_heads")
+    )
+    head_dim = _int(args.get("kv_channels")) or _int(reference.config.get("head_dim"))
     if norm is not None and len(norm.shape) == 1:
         head_dim = norm.shape[0]
     elif head_dim is None and heads:
@@ -157,7 +160,7 @@ def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems:
 def _vocab(
     padded: int,
     args: Mapping[str, object],
-    reference: Mapping[str, object],
+    reference: Reference,
     asked: int | None,
     remarks: list[str],
     problems: list[str],
@@ -168,7 +171,7 @@ def _vocab(
     """
     sources: Sequence[tuple[str, object]] = (
         ("--vocab-size", asked),
-        ("vocab_size in --hf-config", reference.get("vocab_size")),
+        (f"vocab_size in {reference.where}", reference.config.get("vocab_size")),
         ("vocab_size in the training arguments", _trained_vocab(args, padded)),
     )
     known = ((where, size) for where, stated in sources if (size := _int(stated)) is not None)

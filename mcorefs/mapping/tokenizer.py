@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,9 +66,11 @@ def find(
     checkpoint: Path,
     reference: Path | None,
     args: Mapping[str, object],
+    beside: Sequence[Path] = (),
 ) -> Tokenizer:
     """The tokenizer files, looked for in this order: `given` (--tokenizer), the checkpoint tree,
-    `reference` (--hf-config), the paths named in the training arguments if they exist here.
+    `reference` (--hf-config), `beside` (what the trainer left), the paths named in the training
+    arguments if they exist here.
 
     Raises CheckpointError where `given` holds none.
     """
@@ -78,7 +80,7 @@ def find(
             return found
         raise CheckpointError(f"--tokenizer {given}: {found}")
     looked: dict[str, str] = {}
-    for place in _places(checkpoint, reference, args):
+    for place in _places(checkpoint, reference, args, beside):
         if str(place) not in looked:
             found = _open(place, args)
             if isinstance(found, Tokenizer):
@@ -87,7 +89,9 @@ def find(
     return _vocab_and_merges(args) or _missing(looked, args)
 
 
-def _places(checkpoint: Path, reference: Path | None, args: Mapping[str, object]) -> Iterator[Path]:
+def _places(
+    checkpoint: Path, reference: Path | None, args: Mapping[str, object], beside: Sequence[Path]
+) -> Iterator[Path]:
     """Megatron-LM saves into `tokenizer`, ms-swift beside the iterations, verl into `huggingface`
     beside them."""
     root = checkpoint.parent
@@ -97,6 +101,7 @@ def _places(checkpoint: Path, reference: Path | None, args: Mapping[str, object]
     yield root / "huggingface"
     if reference is not None:
         yield reference if reference.is_dir() else reference.parent
+    yield from beside
     named = args.get("tokenizer_model")
     if isinstance(named, str) and named:
         yield Path(named)

@@ -1,0 +1,66 @@
+"""The config.json of the model that was trained from: it says what Megatron does not record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from mcorefs.errors import CheckpointError
+
+HF_CONFIG = "--hf-config"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A Hugging Face config, and who brought it."""
+
+    config: Mapping[str, object]
+    """config.json in the hub's spelling; empty where there is no reference."""
+    where: str
+    """What it is called in messages: the option, or the file that was found."""
+    directory: Path | None = None
+
+
+NO_REFERENCE = Reference({}, HF_CONFIG)
+
+
+def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
+    """The config.json in directory `given` (or the file itself).
+
+    Raises CheckpointError where it is no config of a model.
+    """
+    path = given / "config.json" if given.is_dir() else given
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{where} {given}: there is no {path.name}; pass the directory of a Hugging Face model"
+        ) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        why = getattr(problem, "strerror", None) or f"is not JSON: {problem}"
+        raise CheckpointError(f"{where} {path} cannot be read: {why}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{where} {path}: it names no model_type, so it is not the config.json of a model"
+        )
+    directory = given if given.is_dir() else given.parent
+    return Reference(_hub_rope(cast(dict[str, object], config)), where, directory)
+
+
+def _hub_rope(config: dict[str, object]) -> dict[str, object]:
+    """`config` with rope_theta and rope_scaling where it has transformers 5's rope_parameters."""
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling") or parameters
+    if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
+        return config
+    rest = {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")}
+    rest.setdefault("rope_type", scaling.get("type", "default"))
+    found = {k: v for k, v in config.items() if k != "rope_parameters"}
+    found["rope_scaling"] = None if rest["rope_type"] == "default" else rest
+    for described in (parameters, scaling):
+        if isinstance(described, dict) and "rope_theta" in described:
+            found["rope_theta"] = described["rope_theta"]
+    return found

@@ -1,0 +1,51 @@
+"""What a training framework leaves beside the weights, and how one is added.
+
+A trainer is one file in this folder that implements `Trainer`, and one line in
+`mcorefs/trainers/__init__.py`. It reads small files as plain data, never runs anything, and knows
+nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from mcorefs.formats import Checkpoint
+from mcorefs.locate import Location
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What was found beside one checkpoint."""
+
+    trainer: str
+    """The framework, as it calls itself: "Megatron-LM"."""
+    args: Mapping[str, object]
+    """How the model was built and trained, in the names of Megatron-LM's arguments (those that
+    `mapping` reads), whatever the framework calls them; empty where nothing says."""
+    args_source: str
+    """Where `args` were found, or why there are none, in words for the user."""
+    model_type: str | None = None
+    """The Hugging Face `model_type`, where the framework names it."""
+    hf_directories: tuple[Path, ...] = ()
+    """Directories on this machine with the config.json of this model or of the model it was trained
+    from, the best first."""
+    tokenizers: tuple[Path, ...] = ()
+    """Places where its tokenizer is, the best first; they need not exist."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know."""
+
+
+class Trainer(Protocol):
+    """Recognises what one framework leaves. Stateless."""
+
+    name: str
+
+    def read(self, location: Location, checkpoint: Checkpoint) -> Companions | None:
+        """What is beside `checkpoint`, or None if another framework wrote it.
+
+        Raises CheckpointError where its files are there but cannot be read.
+        """
+        ...
