@@ -5,15 +5,24 @@ Formats build these from metadata alone; nothing here reads tensor data.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
 
 MAX_DIMS = 8
+MAX_BYTES = 1 << 63
+"""What NumPy, safetensors readers and file offsets can address."""
+MAX_DEPTH = 32
+"""Cuts within cuts of a tensor; parallel layouts need one for each way they shard."""
+MAX_SCAN = 1024
+"""Chunks of one tensor that interlock without a straight cut between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +77,17 @@ class StoredTensor:
 def stored_tensor(
     fqn: str, dtype: DType, shape: Shape, chunks: tuple[Chunk, ...]
 ) -> tuple[StoredTensor | None, str | None]:
-    """The tensor, or what is wrong with its chunks (gap, overlap, out of bounds): one is None."""
-    if len(shape) > MAX_DIMS or any(n < 0 for n in shape):
-        return None, f"{fqn}: shape {list(shape)} is not possible"
-    filled = tuple(chunk for chunk in chunks if 0 not in chunk.box.sizes)
-    for chunk in filled:
-        if not chunk.box.within(shape):
-            return None, f"{fqn}: chunk {_show(chunk.box)} lies outside of shape {list(shape)}"
-    whole = Box.whole(shape)
-    have = sum(chunk.box.volume for chunk in filled)
-    if have != whole.volume:
-        kind = "overlap" if have > whole.volume else "leave a gap"
-        return None, (
-            f"{fqn}: its {len(filled)} chunks hold {have} elements but shape {list(shape)} has "
-            f"{whole.volume}: they {kind}"
-        )
+    """The tensor, or what is wrong with its chunks (gap, overlap, out of bounds): one is None.
+
+    Any numbers at all may come in; time and memory are linear in the number of chunks.
+    """
     try:
-        tree = _build(filled, whole)
+        _check_shape(shape, dtype)
+        filled = tuple(chunk for chunk in chunks if 0 not in chunk.box.sizes)
+        for chunk in filled:
+            _check_chunk(chunk, shape, dtype)
+        _check_volume(filled, shape)
+        tree = _build(filled, Box.whole(shape))
     except _BadTilingError as problem:
         return None, f"{fqn}: {problem}"
     return StoredTensor(fqn, dtype, shape, filled, tree), None
@@ -94,15 +97,42 @@ class _BadTilingError(Exception):
     pass
 
 
+def _check_shape(shape: Shape, dtype: DType) -> None:
+    possible = len(shape) <= MAX_DIMS and all(0 <= n < MAX_BYTES for n in shape)
+    # An axis of zero does not excuse the others: NumPy cannot address such an array either.
+    if not possible or math.prod(n or 1 for n in shape) * dtype.itemsize >= MAX_BYTES:
+        raise _BadTilingError(f"shape {_numbers(shape)} is not possible")
+
+
+def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
+    box, span = chunk.box, chunk.span
+    if not box.within(shape):
+        raise _BadTilingError(f"chunk {_show(box)} lies outside of shape {_numbers(shape)}")
+    if span.offset < 0 or span.nbytes < 0:
+        raise _BadTilingError(f"chunk {_show(box)} has an impossible place in {span.path}")
+    if span.kind == "raw" and span.nbytes < (need := box.volume * dtype.itemsize):
+        raise _BadTilingError(
+            f"chunk {_show(box)} needs {need} bytes but {span.path} holds {span.nbytes} for it"
+        )
+
+
+def _check_volume(chunks: Sequence[Chunk], shape: Shape) -> None:
+    have, wanted = sum(chunk.box.volume for chunk in chunks), math.prod(shape)
+    if have != wanted:
+        kind = "overlap" if have > wanted else "leave a gap"
+        raise _BadTilingError(
+            f"its {len(chunks)} chunks hold {have} elements but shape {_numbers(shape)} has "
+            f"{wanted}: they {kind}"
+        )
+
+
 class _Node:
     """A box cut into slabs along one axis; found by bisection, so lookup never scans."""
 
-    __slots__ = ("axis", "children", "starts", "stops")
+    __slots__ = ("axis", "children", "starts")
 
-    def __init__(
-        self, axis: int, starts: list[int], stops: list[int], children: list[_Node | Chunk]
-    ) -> None:
-        self.axis, self.starts, self.stops, self.children = axis, starts, stops, children
+    def __init__(self, axis: int, starts: list[int], children: list[_Node | Chunk]) -> None:
+        self.axis, self.starts, self.children = axis, starts, children
 
     def overlapping(self, box: Box) -> Iterator[tuple[Chunk, Box]]:
         start = box.offsets[self.axis]
@@ -118,7 +148,12 @@ class _Node:
 
 
 class _Scan(_Node):
-    """Chunks that no axis separates (a pinwheel): rare and few, looked through one by one."""
+    """Chunks that no cut separates (a pinwheel): rare and few, looked through one by one."""
+
+    __slots__ = ()
+
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__(0, [], list(chunks))
 
     def overlapping(self, box: Box) -> Iterator[tuple[Chunk, Box]]:
         for child in self.children:
@@ -127,67 +162,83 @@ class _Scan(_Node):
                 yield child, part
 
 
-def _build(chunks: tuple[Chunk, ...], region: Box) -> _Node:
-    node = _node(list(chunks), region, 0)
-    if isinstance(node, Chunk):
-        return _Scan(0, [], [], [node])
-    return node
+def _build(chunks: Sequence[Chunk], region: Box) -> _Node:
+    node = _node(chunks, region, 0, 0)
+    return _Scan([node]) if isinstance(node, Chunk) else node
 
 
-def _node(chunks: list[Chunk], region: Box, first_axis: int) -> _Node | Chunk:
-    """Tree over `chunks`, which must tile `region`; their volumes are known to add up."""
+def _node(chunks: Sequence[Chunk], region: Box, first_axis: int, depth: int) -> _Node | Chunk:
+    """Tree over `chunks`, which lie in `region` and should tile it.
+
+    Raises if two of them overlap. As their volumes add up, no overlap means no gap.
+    """
     if len(chunks) == 1:
         if chunks[0].box != region:
             raise _BadTilingError(f"chunk {_show(chunks[0].box)} does not fill {_show(region)}")
         return chunks[0]
     ndim = len(region.sizes)
-    for step in range(ndim):
-        axis = (first_axis + step) % ndim
-        slabs: dict[tuple[int, int], list[Chunk]] = {}
-        for chunk in chunks:
-            slabs.setdefault((chunk.box.offsets[axis], chunk.box.sizes[axis]), []).append(chunk)
-        if len(slabs) > 1 and _tiles_axis(slabs, region, axis):
-            return _slab_node(slabs, region, axis)
-    _refuse_overlap(chunks)
-    return _Scan(0, [], [], list(chunks))
+    if depth < MAX_DEPTH:
+        for axis in [(first_axis + step) % ndim for step in range(ndim)]:
+            slabs = _slabs(chunks, axis)
+            if len(slabs) > 1:
+                return _slab_node(slabs, region, axis, depth)
+    return _scan(chunks)
 
 
-def _tiles_axis(slabs: dict[tuple[int, int], list[Chunk]], region: Box, axis: int) -> bool:
-    """Whether the slabs follow each other along `axis` without gap or overlap."""
-    at = region.offsets[axis]
-    for offset, size in sorted(slabs):
-        if offset != at:
-            return False
-        at += size
-    return at == region.offsets[axis] + region.sizes[axis]
+def _slabs(chunks: Sequence[Chunk], axis: int) -> list[tuple[int, int, list[Chunk]]]:
+    """`chunks` in as many slabs (start, stop, members) as cuts across `axis` make that cut no
+    chunk in two."""
+    slabs: list[tuple[int, int, list[Chunk]]] = []
+    start = stop = -1
+    members: list[Chunk] = []
+    for chunk in sorted(chunks, key=lambda chunk: chunk.box.offsets[axis]):
+        offset = chunk.box.offsets[axis]
+        if offset >= stop:
+            if members:
+                slabs.append((start, stop, members))
+            start, members = offset, []
+        members.append(chunk)
+        stop = max(stop, offset + chunk.box.sizes[axis])
+    if members:
+        slabs.append((start, stop, members))
+    return slabs
 
 
-def _slab_node(slabs: dict[tuple[int, int], list[Chunk]], region: Box, axis: int) -> _Node:
-    starts, stops, children = [], [], []
-    for (offset, size), members in sorted(slabs.items(), key=lambda item: item[0]):
+def _slab_node(
+    slabs: list[tuple[int, int, list[Chunk]]], region: Box, axis: int, depth: int
+) -> _Node:
+    starts, children = [], []
+    for start, stop, members in slabs:
         slab = Box(
-            (*region.offsets[:axis], offset, *region.offsets[axis + 1 :]),
-            (*region.sizes[:axis], size, *region.sizes[axis + 1 :]),
+            (*region.offsets[:axis], start, *region.offsets[axis + 1 :]),
+            (*region.sizes[:axis], stop - start, *region.sizes[axis + 1 :]),
         )
-        starts.append(offset)
-        stops.append(offset + size)
-        children.append(_node(members, slab, axis + 1))
-    return _Node(axis, starts, stops, children)
+        starts.append(start)
+        children.append(_node(members, slab, axis + 1, depth + 1))
+    return _Node(axis, starts, children)
 
 
-def _refuse_overlap(chunks: list[Chunk]) -> None:
-    """Raise if two chunks share elements; with equal volumes, no overlap means no gap."""
-    ordered = sorted(chunks, key=lambda chunk: chunk.box.offsets)
-    for i, chunk in enumerate(ordered):
-        end = chunk.box.offsets[0] + chunk.box.sizes[0] if chunk.box.sizes else 1
-        for other in ordered[i + 1 :]:
-            if other.box.offsets and other.box.offsets[0] >= end:
-                break
-            if chunk.box.intersect(other.box) is not None:
-                raise _BadTilingError(f"chunks {_show(chunk.box)} and {_show(other.box)} overlap")
+def _scan(chunks: Sequence[Chunk]) -> _Scan:
+    """Chunks that cannot be told apart by cuts. Raises if two share elements, or if they are more
+    than any way of sharding produces: comparing all with all would never end."""
+    if len(chunks) > MAX_SCAN:
+        raise _BadTilingError(f"{len(chunks)} of its chunks overlap or interlock")
+    starts = np.array([chunk.box.offsets for chunk in chunks], np.int64)
+    stops = starts + np.array([chunk.box.sizes for chunk in chunks], np.int64)
+    for i in range(len(chunks) - 1):
+        meets = (starts[i + 1 :] < stops[i]) & (stops[i + 1 :] > starts[i])
+        found = np.flatnonzero(meets.all(axis=1))
+        if found.size:
+            other = chunks[i + 1 + int(found[0])]
+            raise _BadTilingError(f"chunks {_show(chunks[i].box)} and {_show(other.box)} overlap")
+    return _Scan(chunks)
 
 
 def _show(box: Box) -> str:
-    return (
-        "[" + ", ".join(f"{o}:{o + s}" for o, s in zip(box.offsets, box.sizes, strict=True)) + "]"
-    )
+    return f"at {_numbers(box.offsets)} of size {_numbers(box.sizes)}"
+
+
+def _numbers(values: Shape) -> str:
+    """As a list; numbers that no file could mean are not spelled out."""
+    shown = (str(n) if abs(n) < 1 << 64 else "a number beyond 64 bits" for n in values)
+    return f"[{', '.join(shown)}]"

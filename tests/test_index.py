@@ -1,0 +1,207 @@
+"""What a format may build: tilings of every kind; and what it is refused, in linear time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcorefs.boxes import Box, Shape
+from mcorefs.dtypes import BF16, F32
+from mcorefs.index import MAX_SCAN, Chunk, Span, StoredTensor, stored_tensor
+from tests.tilings import boxes, part, pinwheel, raw_chunks, shapes, tilings
+
+
+def built(shape: Shape, tiles: list[Box]) -> StoredTensor:
+    tensor, problem = stored_tensor("t", BF16, shape, raw_chunks(tiles, 2))
+    assert tensor is not None, problem
+    return tensor
+
+
+def refusal(shape: Shape, chunks: tuple[Chunk, ...]) -> str:
+    tensor, problem = stored_tensor("some.fqn", BF16, shape, chunks)
+    assert tensor is None
+    assert problem is not None
+    assert problem.startswith("some.fqn: ")
+    assert len(problem) < 1000
+    return problem
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    start = time.process_time()
+    yield
+    assert time.process_time() - start < seconds
+
+
+@settings(deadline=None)
+@given(st.data(), shapes())
+def test_every_tiling_is_accepted_and_a_lookup_finds_exactly_the_overlaps(
+    data: st.DataObject, shape: Shape
+) -> None:
+    tiles = data.draw(tilings(shape))
+    box = data.draw(boxes(shape))
+    found = {chunk.box: part for chunk, part in built(shape, tiles).overlapping(box)}
+    assert found == {tile: part for tile in tiles if (part := tile.intersect(box))}
+
+
+@settings(deadline=None)
+@given(st.data(), shapes(min_dims=1))
+def test_a_tiling_with_one_tile_changed_is_refused(data: st.DataObject, shape: Shape) -> None:
+    tiles = data.draw(tilings(shape))
+    victim = data.draw(st.integers(0, len(tiles) - 1))
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    step = data.draw(st.sampled_from([-1, 1]))
+    box = tiles[victim]
+    changed = data.draw(
+        st.sampled_from(
+            [
+                [],
+                [box, box],
+                [part(box, {axis: (step, box.sizes[axis])})],
+                [part(box, {axis: (0, box.sizes[axis] + step)})],
+            ]
+        )
+    )
+    refusal(shape, raw_chunks([*tiles[:victim], *changed, *tiles[victim + 1 :]], 2))
+
+
+def test_gaps_hidden_by_overlaps_of_the_same_volume_are_found() -> None:
+    assert "overlap" in refusal((4,), raw_chunks([Box((0,), (2,)), Box((1,), (2,))], 2))
+    wheel = pinwheel(Box.whole((5, 5)), 0, 1)
+    moved = [*wheel[:4], Box((0, 1), (3, 3))]
+    assert "overlap" in refusal((5, 5), raw_chunks(moved, 2))
+    assert "at [0, 1] of size [3, 3]" in refusal((5, 5), raw_chunks(moved, 2))
+
+
+def test_scalars_and_empty_tensors() -> None:
+    scalar = built((), [Box((), ())])
+    assert [part for _, part in scalar.overlapping(Box((), ()))] == [Box((), ())]
+    assert "gap" in refusal((), ())
+    assert "overlap" in refusal((), raw_chunks([Box((), ())] * 2, 2))
+    empty = built((3, 0, 2), [])
+    assert list(empty.overlapping(Box.whole((3, 0, 2)))) == []
+    assert built((3, 0), [Box((0, 0), (3, 0))]).chunks == ()
+    assert "outside" in refusal((3, 0), raw_chunks([Box((0, 0), (3, 1))], 2))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (-1,),
+        (2, -3),
+        (1 << 63,),
+        (1 << 62,),
+        (1 << 40, 1 << 40),
+        (0, 1 << 62),
+        (0, 1 << 40, 1 << 40),
+        (10**5000,),
+        (-(10**5000),),
+        (1,) * 9,
+    ],
+    ids=lambda shape: f"{len(shape)}d-{max(n.bit_length() for n in shape)}bits",
+)
+def test_impossible_shapes_are_refused(shape: Shape) -> None:
+    assert "not possible" in refusal(shape, ())
+    assert "not possible" in refusal(shape, (Chunk(Box.whole(shape), Span("f", 0, 2)),))
+
+
+def test_impossible_chunks_are_refused() -> None:
+    def chunk(offsets: Shape, sizes: Shape, span: Span | None = None) -> tuple[Chunk, ...]:
+        return (Chunk(Box(offsets, sizes), span or Span("f", 0, 1 << 40)),)
+
+    for offsets, sizes in [
+        ((-1, 0), (4, 3)),
+        ((0, 0), (-4, -3)),
+        ((0, 0), (5, 3)),
+        ((0,), (12,)),
+        ((0, 0, 0), (4, 3, 1)),
+        ((0, 0), (12,)),
+        ((10**5000, 0), (4, 3)),
+        ((0, 0), (10**5000, 10**5000)),
+    ]:
+        assert "outside" in refusal((4, 3), chunk(offsets, sizes))
+    for span in [Span("f", -1, 24), Span("f", 0, -1), Span("f", -1, 99, "torch_zip")]:
+        assert "impossible place" in refusal((4, 3), chunk((0, 0), (4, 3), span))
+    assert "24 bytes" in refusal((4, 3), chunk((0, 0), (4, 3), Span("f", 0, 23)))
+
+
+def test_dtype_counts_in_the_size_of_spans() -> None:
+    chunks = raw_chunks([Box.whole((3,))], 2)
+    assert stored_tensor("t", BF16, (3,), chunks)[0] is not None
+    assert stored_tensor("t", F32, (3,), chunks)[0] is None
+
+
+def grid(shape: Shape, cuts: Shape) -> list[Box]:
+    sizes = tuple(n // c for n, c in zip(shape, cuts, strict=True))
+    return [
+        Box(tuple(i * n for i, n in zip(index, sizes, strict=True)), sizes)
+        for index in itertools.product(*map(range, cuts))
+    ]
+
+
+@pytest.mark.parametrize("cuts", [(100_000, 1), (1, 100_000), (60, 128, 13), (10, 100, 100)])
+def test_lookup_among_many_chunks_does_not_scan(
+    cuts: Shape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = tuple(2 * n for n in cuts)
+    tiles = grid(shape, cuts)
+    with at_most(10):
+        tensor = built(shape, tiles)
+    asked: list[Box] = []
+    intersect = Box.intersect
+
+    def counted(one: Box, other: Box) -> Box | None:
+        asked.append(one)
+        return intersect(one, other)
+
+    monkeypatch.setattr(Box, "intersect", counted)
+    for wanted in (tiles[0], tiles[len(tiles) // 3], tiles[-1]):
+        asked.clear()
+        assert [chunk.box for chunk, _ in tensor.overlapping(wanted)] == [wanted]
+        assert len(asked) <= 2 ** len(cuts)
+
+
+def _spiral(turns: int) -> tuple[Shape, list[Box]]:
+    """Each cut takes one chunk off: top row, left column, next row, next column, ..."""
+    tiles = [Box((turns, turns), (1, 1))]
+    for i in range(turns):
+        tiles.append(Box((i, i), (1, turns + 1 - i)))
+        tiles.append(Box((i + 1, i), (turns - i, 1)))
+    return (turns + 1, turns + 1), tiles
+
+
+def _all_alike(n: int) -> tuple[Shape, list[Box]]:
+    return (n, n), [Box((0, 0), (1, n))] * n
+
+
+def _staircase(n: int) -> tuple[Shape, list[Box]]:
+    """Each overlaps the next on the first axis, so that no cut is possible."""
+    return (n + 1, 2), [Box((i, 0), (2, 1)) for i in range(n)] + [Box((0, 1), (2, 1))]
+
+
+@pytest.mark.parametrize("make", [_spiral, _all_alike, _staircase])
+def test_tilings_made_to_be_slow_are_refused_in_time(
+    make: Callable[[int], tuple[Shape, list[Box]]],
+) -> None:
+    shape, tiles = make(20_000)
+    assert sum(tile.volume for tile in tiles) == math.prod(shape)
+    with at_most(20):
+        assert "overlap or interlock" in refusal(shape, raw_chunks(tiles, 2))
+
+
+def test_interlocking_chunks_up_to_the_limit_are_found() -> None:
+    turns = MAX_SCAN // 2
+    shape, tiles = _spiral(turns)
+    np.random.default_rng(0).shuffle(tiles)
+    tensor = built(shape, tiles)
+    box = Box((turns // 2, turns // 2), (2, 2))
+    found = {chunk.box: part for chunk, part in tensor.overlapping(box)}
+    assert found == {tile: part for tile in tiles if (part := tile.intersect(box))}
