@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 
 Shape = tuple[int, ...]
 
@@ -48,9 +49,9 @@ class Box:
         """The same elements counted from `origin`."""
         return Box(tuple(o - p for o, p in zip(self.offsets, origin, strict=True)), self.sizes)
 
-    def slices(self) -> tuple[slice, ...]:
-        """Index expression that takes this box out of a NumPy array."""
-        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
+    def slices(self) -> tuple[EllipsisType | slice, ...]:
+        """Index expression for a view of this box of a NumPy array: a view even of a scalar."""
+        return (..., *(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True)))
 
 
 def row_major_strides(shape: Shape) -> Shape:
@@ -64,7 +65,7 @@ def row_major_strides(shape: Shape) -> Shape:
 def flat_range_boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:
     """Boxes that make up elements [start, stop) of the row-major order, in that order.
 
-    Each box is itself one contiguous range of that order; there are at most 2 * ndim - 1.
+    Each box is itself one contiguous range of that order; of n axes there are at most 2 * n - 1.
     """
     if start >= stop:
         return

@@ -7,9 +7,11 @@ Nodes are named as in torch. Pure: no I/O, no state; the leaf that reads is the 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any, Protocol
 
 import numpy as np
@@ -85,7 +87,8 @@ class Narrow(_Unary):
     length: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.start + self.length <= self.source.shape[self.axis]:
+        length = _length(self.source, self.axis)
+        if not 0 <= self.start <= self.start + self.length <= length:
             raise ValueError(f"narrow {self.start}+{self.length} of {self.source.shape}")
 
     @property
@@ -105,7 +108,7 @@ class Select(_Unary):
     index: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.index < self.source.shape[self.axis]:
+        if not 0 <= self.index < _length(self.source, self.axis):
             raise ValueError(f"select {self.index} of {self.source.shape}")
 
     @property
@@ -126,7 +129,8 @@ class Unflatten(_Unary):
     sizes: Shape
 
     def __post_init__(self) -> None:
-        if math.prod(self.sizes) != self.source.shape[self.axis]:
+        length = _length(self.source, self.axis)
+        if not self.sizes or min(self.sizes) < 0 or math.prod(self.sizes) != length:
             raise ValueError(f"unflatten {self.source.shape} axis {self.axis} to {self.sizes}")
 
     @property
@@ -134,18 +138,19 @@ class Unflatten(_Unary):
         return _splice(self.source.shape, self.axis, 1, self.sizes)
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
+        if not box.volume:
+            return
         axis, count = self.axis, len(self.sizes)
         inner = Box(box.offsets[axis : axis + count], box.sizes[axis : axis + count])
         for where, start, length in _flat_runs(self.sizes, inner):
             part = out[(slice(None),) * axis + where]
             shape = _splice(box.sizes, axis, count, (length,))
-            offsets = _splice(box.offsets, axis, count, (start,))
-            merged = _merged(part, shape)
-            if merged is not None:
-                self.source.read_into(Box(offsets, shape), merged, leaf)
+            run = Box(_splice(box.offsets, axis, count, (start,)), shape)
+            if _is_one_axis(part, axis, axis + part.ndim - len(shape) + 1):
+                self.source.read_into(run, part.reshape(shape), leaf)
             else:
                 whole = np.empty(shape, out.dtype)
-                self.source.read_into(Box(offsets, shape), whole, leaf)
+                self.source.read_into(run, whole, leaf)
                 part[...] = whole.reshape(part.shape)
 
 
@@ -155,6 +160,10 @@ class Flatten(_Unary):
 
     axis: int
     count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.axis < self.axis + self.count <= len(self.source.shape):
+            raise ValueError(f"flatten {self.axis}+{self.count} of {self.source.shape}")
 
     @property
     def shape(self) -> Shape:
@@ -186,6 +195,10 @@ class Permute(_Unary):
 
     dims: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if sorted(self.dims) != list(range(len(self.source.shape))):
+            raise ValueError(f"permute {self.source.shape} to {self.dims}")
+
     @property
     def shape(self) -> Shape:
         return tuple(self.source.shape[d] for d in self.dims)
@@ -204,12 +217,10 @@ class Cat:
     axis: int
 
     def __post_init__(self) -> None:
-        first = self.sources[0]
-        for view in self.sources:
-            if view.dtype != first.dtype or _replace(view.shape, self.axis, 0) != _replace(
-                first.shape, self.axis, 0
-            ):
-                raise ValueError(f"cat of {[v.shape for v in self.sources]} on {self.axis}")
+        _check_alike(self.sources)
+        _length(self.sources[0], self.axis)
+        if len({_replace(view.shape, self.axis, 0) for view in self.sources}) > 1:
+            raise ValueError(f"cat of {[v.shape for v in self.sources]} on {self.axis}")
 
     @property
     def dtype(self) -> DType:
@@ -243,9 +254,10 @@ class Stack:
     axis: int
 
     def __post_init__(self) -> None:
-        first = self.sources[0]
-        if any(v.shape != first.shape or v.dtype != first.dtype for v in self.sources):
-            raise ValueError(f"stack of {[v.shape for v in self.sources]}")
+        _check_alike(self.sources)
+        first = self.sources[0].shape
+        if not 0 <= self.axis <= len(first) or any(v.shape != first for v in self.sources):
+            raise ValueError(f"stack of {[v.shape for v in self.sources]} on {self.axis}")
 
     @property
     def dtype(self) -> DType:
@@ -259,19 +271,24 @@ class Stack:
         axis = self.axis
         inner = Box(_splice(box.offsets, axis, 1, ()), _splice(box.sizes, axis, 1, ()))
         for i in range(box.sizes[axis]):
-            where = (slice(None),) * axis + (i,)
+            # The dots make it a view even where no axis is left.
+            where: tuple[slice | int | EllipsisType, ...] = (*(slice(None),) * axis, i, ...)
             self.sources[box.offsets[axis] + i].read_into(inner, out[where], leaf)
 
 
 @dataclass(frozen=True, slots=True)
 class To:
-    """The values of `source` as another float dtype, rounded to nearest even."""
+    """The values of `source` as another float dtype, rounded to nearest even: the bits of
+    torch.Tensor.to. A nan stays a nan; its other bits are not kept, and torch's own vary.
+
+    Not to fp8, where libraries disagree on overflow and weights need scales anyway.
+    """
 
     source: View
     dtype: DType
 
     def __post_init__(self) -> None:
-        if not (self.dtype.is_float and self.source.dtype.is_float):
+        if not (self.dtype.is_float and self.source.dtype.is_float and self.dtype.itemsize > 1):
             raise ValueError(f"to {self.dtype.name} from {self.source.dtype.name}")
 
     @property
@@ -286,7 +303,10 @@ class To:
         have = np.empty(box.sizes, self.source.dtype.carrier)
         self.source.read_into(box, have, leaf)
         with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes inf, as in torch
-            cast = have.view(self.source.dtype.values).astype(self.dtype.values)
+            values = have.view(self.source.dtype.values)
+            if self.source.dtype.itemsize > 4 > self.dtype.itemsize:
+                values = values.astype(np.float32)  # torch rounds twice: so do we
+            cast = values.astype(self.dtype.values)
         out[...] = cast.view(self.dtype.carrier)
 
 
@@ -316,10 +336,23 @@ def _splice(values: Shape, axis: int, count: int, new: Shape) -> Shape:
     return (*values[:axis], *new, *values[axis + count :])
 
 
-def _merged(part: Array, shape: Shape) -> Array | None:
-    """`part` reshaped to `shape` if NumPy can do it without copying."""
-    merged = part.reshape(shape)
-    return merged if np.may_share_memory(merged, part) else None
+def _length(view: View, axis: int) -> int:
+    """Length of `axis`; ValueError where there is no such axis. None is counted from the end."""
+    if not 0 <= axis < len(view.shape):
+        raise ValueError(f"axis {axis} of {view.shape}")
+    return view.shape[axis]
+
+
+def _check_alike(sources: tuple[View, ...]) -> None:
+    if len({view.dtype for view in sources}) != 1:
+        raise ValueError(f"one dtype is needed, not {[view.dtype.name for view in sources]}")
+
+
+def _is_one_axis(part: Array, start: int, end: int) -> bool:
+    """Whether axes [start, end) of `part` can be seen as one without copying."""
+    sides = zip(part.shape[start:end], part.strides[start:end], strict=True)
+    long = [(size, stride) for size, stride in sides if size > 1]
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in itertools.pairwise(long))
 
 
 def _flat_runs(sizes: Shape, box: Box) -> Iterator[tuple[tuple[slice | int, ...], int, int]]:
