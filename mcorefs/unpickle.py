@@ -1,6 +1,6 @@
 """The one unpickler: reads pickles from checkpoints as data, and runs nothing in them.
 
-`find_class` never imports. A name on the short list below becomes a constructor written here; any
+Nothing is ever imported. A name on the short list below becomes a constructor written here; any
 other name becomes an inert record that keeps what the pickle says of the object (arguments, state,
 items) and does nothing. torch and megatron are not needed, whatever versions wrote the file.
 Names that occur: Megatron-LM:megatron/core/safe_globals.py and
@@ -10,89 +10,72 @@ pytorch:torch/distributed/checkpoint/metadata.py.
 from __future__ import annotations
 
 import gc
-import io
-import pickle
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, cast
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
+from mcorefs.pickle_machine import Built, Name, PickleError, run
+
+MAX_TENSOR_DIMS = 64
+MAX_PLAIN = 1_000_000
+"""Values in one training argument; a list that holds another twice makes few bytes many values."""
+MAX_PLAIN_DEPTH = 50
 
 
-class _Sealed(type):
-    """A class that a pickle cannot alter: BUILD on a class would otherwise set attributes on it."""
-
-    def __setattr__(cls, name: str, value: object) -> NoReturn:
-        raise TypeError(f"a pickle tried to set {name!r} on class {cls.__name__}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Constructor:
-    """A function of this module as a pickle sees it: callable, and nothing can be set on it."""
-
-    call: Callable[..., object]
-
-    def __call__(self, *args: object) -> object:
-        return self.call(*args)
-
-
-class Inert(metaclass=_Sealed):
+class Inert(Built):
     """An object of a class that mcorefs does not construct: what the pickle said, as data."""
 
-    name = ""
-    """Dotted name of the class or function in the pickle."""
+    __slots__ = ("args", "items", "name", "state")
 
-    args: tuple[object, ...]
-    kwargs: dict[str, object]
-    state: object
-    items: list[object]
+    def __init__(self, name: str, args: tuple[object, ...]) -> None:
+        self.name = name
+        """Dotted name of the class or function in the pickle."""
+        self.args = args
+        self.state: object = None
+        self.items: list[object] = []
 
-    def __new__(cls, *args: object, **kwargs: object) -> Inert:
-        self = object.__new__(cls)
-        self.args, self.kwargs = args, kwargs
-        self.state, self.items = None, []
-        return self
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
+    def set_state(self, state: object) -> None:
         self.state = state
-
-    def append(self, item: object) -> None:
-        self.items.append(item)
 
     def extend(self, items: list[object]) -> None:
         self.items.extend(items)
 
-    def __setitem__(self, key: object, value: object) -> None:
-        self.items.append((key, value))
+    def update(self, pairs: Iterable[tuple[object, object]]) -> None:
+        self.items.extend(pairs)
 
     def __repr__(self) -> str:
-        return f"<{self.name}>"
+        return f"<{describe(self)}>"
 
 
-class Attributes(metaclass=_Sealed):
-    """An attribute bag: argparse.Namespace, and the plain dataclasses of `.metadata`.
+class Attributes(Built):
+    """An attribute bag: argparse.Namespace, and the plain dataclasses of `.metadata`."""
 
-    Has no __setstate__ on purpose: the C unpickler then fills __dict__ without calling Python,
-    which is what makes a `.metadata` of 10^5 chunks load in a second.
-    """
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        self.__dict__.update(kwargs)
+    def set_state(self, state: object) -> None:
+        if type(state) is not dict:
+            raise PickleError("attributes that are not a dict")
+        self.__dict__ = state  # not copied: one dict may be the state of many objects
 
 
-class TensorProperties(metaclass=_Sealed):
+class Metadata(Attributes):
+    """torch's Metadata, the top of a `.metadata` file."""
+
+
+class MetadataIndex(Attributes):
+    """torch's MetadataIndex: (fqn, offset); a key by identity here."""
+
+
+class TensorProperties(Built):
     """torch's TensorProperties: pickled as a tuple with the dtype first."""
 
-    dtype: object = None
+    __slots__ = ("dtype",)
 
-    def __setstate__(self, state: object) -> None:
+    def __init__(self) -> None:
+        self.dtype: object = None
+
+    def set_state(self, state: object) -> None:
         if isinstance(state, tuple) and state:
             self.dtype = state[0]
         elif isinstance(state, dict):
@@ -108,10 +91,17 @@ class Storage:
     key: str
     numel: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.numel * (self.dtype.itemsize if self.dtype else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredView:
-    """A tensor in a `torch.save` file: a strided view (in elements) of a storage."""
+    """A tensor in a `torch.save` file: a strided view (in elements) of a storage.
+
+    No number in it is negative, and `size` and `stride` are of one length.
+    """
 
     storage: Storage
     dtype: DType
@@ -120,79 +110,130 @@ class StoredView:
     stride: Shape
 
 
-@dataclass(frozen=True, slots=True)
-class _StorageType:
-    dtype: DType | None
-
-
-def loads(data: bytes | memoryview, what: str, *, storages: bool = False) -> object:
+def loads(data: bytes, what: str, *, storages: bool = False) -> object:
     """The object that the pickle `data` describes, made of plain values and inert records.
 
     `what` names the pickle in errors. `storages` admits the persistent ids of `torch.save`.
     Raises CheckpointError if it is not a pickle, is cut short, or is malformed.
     """
+    names: dict[tuple[str, str], object] = {}
+
+    def find(module: str, name: str) -> object:
+        key = module, name
+        if key not in names:
+            names[key] = _find(module, name)
+        return names[key]
+
     with _gc_paused():
         try:
-            return _Unpickler(io.BytesIO(data), storages).load()
-        except CheckpointError:
-            raise
+            return run(data, find, _storage if storages else _no_storage)
         except Exception as problem:  # any bytes at all may come in
+            kind = "" if isinstance(problem, PickleError) else f"{type(problem).__name__}: "
             raise CheckpointError(
-                f"{what} cannot be read as a pickle ({type(problem).__name__}: {problem}). "
+                f"{what} cannot be read as a pickle ({kind}{problem!s:.200}). "
                 "The file is damaged or is not what its name says."
             ) from None
+
+
+def describe(value: object) -> str:
+    """What `value` is, in a few printable characters, whatever a pickle put in it."""
+    if isinstance(value, Inert | _Unknown):
+        return ascii(value.name[:80])[1:-1]
+    return value.torch if isinstance(value, DType) else type(value).__name__
 
 
 def plain(value: object) -> object:
     """`value` where it is plain data (or an enum's value), else None.
 
     An enum member is pickled as a call of its class with its value (Lib/enum.py `__reduce_ex__`).
+    Raises CheckpointError if it is nested without end.
     """
+    return _plain(value, MAX_PLAIN_DEPTH, iter(range(MAX_PLAIN)))
+
+
+def _plain(value: object, depth: int, left: Iterator[int]) -> object:
+    if depth == 0 or next(left, None) is None:
+        raise CheckpointError("a training argument is nested too deeply or holds too much")
     if isinstance(value, Inert) and len(value.args) == 1 and value.state is None:
-        return plain(value.args[0])
+        return _plain(value.args[0], depth - 1, left)
     if isinstance(value, DType):
         return value.torch
     if isinstance(value, str | int | float | bool | None):
         return value
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [_plain(item, depth - 1, left) for item in value]
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth - 1, left) for key, item in value.items()}
     return None
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, storages: bool) -> None:
-        super().__init__(file, encoding="latin1")
-        self._storages = storages
-        self._inert: dict[tuple[str, str], type[Inert]] = {}
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unknown(Name):
+    """A class or function that is not constructed."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in BY_TORCH:
-            return BY_TORCH[name]
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        known = _CONSTRUCTORS.get((module, name))
-        if known is not None:
-            return known
-        key = (module, name)
-        if key not in self._inert:
-            kind = _Sealed(name, (Inert,), {"name": f"{module}.{name}"})
-            self._inert[key] = cast(type[Inert], kind)
-        return self._inert[key]
+    name: str
 
-    def persistent_load(self, pid: object) -> Storage:
-        if (
-            self._storages
-            and isinstance(pid, tuple)
-            and len(pid) == 5
-            and pid[0] == "storage"
-            and isinstance(pid[1], _StorageType)
-            and isinstance(pid[2], str)
-            and isinstance(pid[4], int)
-        ):
-            return Storage(pid[1].dtype, pid[2], pid[4])
-        raise CheckpointError(f"unexpected persistent id {str(pid)[:80]!r} in a pickle")
+    def call(self, args: tuple[object, ...]) -> Inert:
+        return Inert(self.name, args)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Class(Name):
+    """A class of this module."""
+
+    kind: Callable[[], object]
+
+    def call(self, args: tuple[object, ...]) -> object:
+        if args:
+            raise PickleError(f"{self.kind} takes no arguments")
+        return self.kind()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Function(Name):
+    """A function of this module."""
+
+    function: Callable[..., object]
+
+    def call(self, args: tuple[object, ...]) -> object:
+        if len(args) > 16:
+            raise PickleError(f"{self.function.__name__} with {len(args)} arguments")
+        return self.function(*args)
+
+
+class _Size(Name):
+    """torch.Size: its one argument, a tuple, is as good."""
+
+    __slots__ = ()
+
+    def call(self, args: tuple[object, ...]) -> object:
+        if len(args) != 1 or type(args[0]) is not tuple:
+            raise PickleError("a torch.Size that is not a tuple")
+        return args[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    dtype: DType | None
+
+
+def _find(module: str, name: str) -> object:
+    if module == "torch" and name in BY_TORCH:
+        return BY_TORCH[name]
+    if module == "torch" and name in _STORAGES:
+        return _STORAGES[name]
+    return _KNOWN.get((module, name)) or _Unknown(f"{module}.{name}")
+
+
+def _storage(pid: object) -> Storage:
+    match pid:
+        case ("storage", _StorageType(dtype), str(key), _, int(numel)) if numel >= 0:
+            return Storage(dtype, key, numel)
+    raise PickleError("a persistent id is not that of a storage")
+
+
+def _no_storage(pid: object) -> Storage:
+    raise PickleError("it refers to a storage outside of itself")
 
 
 def _rebuild_tensor(
@@ -202,24 +243,35 @@ def _rebuild_tensor(
     dtype = next((item for item in rest if isinstance(item, DType)), None)
     if isinstance(storage, Storage) and dtype is None:
         dtype = storage.dtype
-    if not (isinstance(storage, Storage) and dtype is not None and isinstance(offset, int)):
-        raise CheckpointError("a tensor in a torch.save file has a storage of unknown type")
-    return StoredView(storage, dtype, offset, _shape(size), _shape(stride))
+    if not (isinstance(storage, Storage) and dtype is not None):
+        raise PickleError("a tensor has a storage of unknown type")
+    (start,) = _numbers((offset,))
+    sizes, strides = _numbers(size), _numbers(stride)
+    if len(sizes) != len(strides):
+        raise PickleError("a tensor has a stride for some axes only")
+    return StoredView(storage, dtype, start, sizes, strides)
 
 
-def _rebuild_from_type(rebuild: object, kind: object, args: object, state: object = None) -> object:
-    """torch._tensor._rebuild_from_type_v2: a plain tensor on which attributes were set, or a
-    tensor of another class, which stays inert."""
-    plain_class = getattr(kind, "name", None) in ("torch.Tensor", "torch.nn.parameter.Parameter")
-    if plain_class and isinstance(rebuild, _Constructor) and isinstance(args, tuple):
-        return rebuild(*args)
-    return kind(state) if isinstance(kind, type) and issubclass(kind, Inert) else Inert(kind, state)
-
-
-def _shape(value: object) -> Shape:
-    if isinstance(value, list | tuple) and all(type(n) is int for n in value):
+def _numbers(value: object) -> Shape:
+    """Numbers of elements, such as no tensor is without."""
+    if (
+        isinstance(value, list | tuple)
+        and len(value) <= MAX_TENSOR_DIMS
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    ):
         return tuple(value)
-    raise CheckpointError(f"expected a shape, found {str(value)[:80]!r}")
+    raise PickleError("a tensor has an impossible shape")
+
+
+def _rebuild_from_type(function: object, kind: object, args: object, state: object) -> object:
+    """torch._tensor._rebuild_from_type_v2: a tensor with attributes, or of a class of its own."""
+    ours = isinstance(kind, _Unknown) and kind.name in _PLAIN_TENSORS
+    if ours and isinstance(function, Name) and isinstance(args, tuple):
+        return function.call(args)
+    return Inert(describe(kind), (function, args, state))
+
+
+_PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
 def _first(value: object = None, *_: object) -> object:
@@ -227,15 +279,9 @@ def _first(value: object = None, *_: object) -> object:
 
 
 def _path(*parts: object) -> str:
-    return "/".join(str(part) for part in parts)
-
-
-class Metadata(Attributes):
-    """torch's Metadata, the top of a `.metadata` file."""
-
-
-class MetadataIndex(Attributes):
-    """torch's MetadataIndex: (fqn, offset); hashed by identity here."""
+    if not all(isinstance(part, str) and len(part) < 4096 for part in parts):
+        raise PickleError("a path of what are no strings, or too long")
+    return "/".join(map(str, parts))[:4096]
 
 
 _STORAGES = {
@@ -254,28 +300,29 @@ _STORAGES = {
     }.items()
 }
 _META = "torch.distributed.checkpoint.metadata"
-_CONSTRUCTORS: dict[tuple[str, str], object] = {
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _Constructor(_rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v3"): _Constructor(_rebuild_tensor),
-    ("torch._utils", "_rebuild_parameter"): _Constructor(_first),
-    ("torch._utils", "_rebuild_parameter_with_state"): _Constructor(_first),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Constructor(_rebuild_from_type),
+_KNOWN: dict[tuple[str, str], object] = {
+    ("torch", "Size"): _Size(),
+    ("collections", "OrderedDict"): _Class(dict),
+    ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Function(_first),
+    ("torch._utils", "_rebuild_parameter_with_state"): _Function(_first),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Function(_rebuild_from_type),
     ("torch.storage", "UntypedStorage"): _StorageType(None),
-    ("argparse", "Namespace"): Attributes,
-    ("types", "SimpleNamespace"): Attributes,
-    ("pathlib", "PosixPath"): _Constructor(_path),
-    ("pathlib._local", "PosixPath"): _Constructor(_path),
-    (_META, "Metadata"): Metadata,
-    (_META, "TensorStorageMetadata"): Attributes,
-    (_META, "BytesStorageMetadata"): Inert,
-    (_META, "ChunkStorageMetadata"): Attributes,
-    (_META, "MetadataIndex"): MetadataIndex,
-    (_META, "TensorProperties"): TensorProperties,
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): TensorProperties,
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Attributes,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Metadata,
+    ("argparse", "Namespace"): _Class(Attributes),
+    ("types", "SimpleNamespace"): _Class(Attributes),
+    ("pathlib", "PosixPath"): _Function(_path),
+    ("pathlib._local", "PosixPath"): _Function(_path),
+    (_META, "Metadata"): _Class(Metadata),
+    (_META, "TensorStorageMetadata"): _Class(Attributes),
+    (_META, "ChunkStorageMetadata"): _Class(Attributes),
+    (_META, "MetadataIndex"): _Class(MetadataIndex),
+    (_META, "TensorProperties"): _Class(TensorProperties),
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Class(
+        TensorProperties
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Class(Attributes),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Class(Metadata),
 }
 
 

@@ -19,7 +19,7 @@ from mcorefs.formats.base import reading
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import load_object
-from mcorefs.unpickle import Attributes, Metadata, MetadataIndex, TensorProperties, loads
+from mcorefs.unpickle import Attributes, Metadata, MetadataIndex, TensorProperties, describe, loads
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -30,8 +30,9 @@ def read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
     found = loads(data, str(path))
     if not isinstance(found, Metadata):
-        kind = str(getattr(found, "name", found))
-        raise CheckpointError(f"{path}: expected torch's checkpoint Metadata, found {kind:.80}")
+        raise CheckpointError(
+            f"{path}: expected torch's checkpoint Metadata, found {describe(found)}"
+        )
     return found
 
 
@@ -42,7 +43,7 @@ def entries(metadata: Metadata) -> Iterator[tuple[str, object]]:
         raise CheckpointError(".metadata has no state_dict_metadata: it is damaged")
     for fqn, entry in found.items():
         if not isinstance(fqn, str):
-            raise CheckpointError(f".metadata names an entry {fqn!r:.80}, which is not a string")
+            raise CheckpointError(f".metadata names an entry by a {describe(fqn)}, not by a string")
         yield fqn, entry
 
 
@@ -59,7 +60,8 @@ class StorageTable:
         for index, info in data.items():
             if isinstance(index, MetadataIndex) and isinstance(info, Attributes):
                 fqn, offset = index.__dict__.get("fqn"), index.__dict__.get("offset")
-                self._ranges[fqn, offset] = info  # type: ignore[index]
+                if isinstance(fqn, str) and (offset is None or _shape(offset) is not None):
+                    self._ranges[fqn, offset] = info
 
     def span(self, fqn: str, offset: Shape | None) -> Span | str:
         """The archive that holds the chunk of `fqn` at `offset`, or what is wrong with it."""
@@ -113,7 +115,7 @@ def read_tensor(
     properties = getattr(entry, "properties", None)
     dtype = properties.dtype if isinstance(properties, TensorProperties) else None
     if not isinstance(dtype, DType):
-        return None, f"{fqn}: its dtype {getattr(dtype, 'name', dtype)!s:.60} is not one we know"
+        return None, f"{fqn}: its dtype {describe(dtype)} is not one we know"
     shape = _shape(getattr(entry, "size", None))
     described = getattr(entry, "chunks", None)
     if shape is None or not isinstance(described, list):
@@ -140,6 +142,6 @@ def load_range(path: str, offset: int, nbytes: int) -> object:
 
 
 def _shape(value: object) -> Shape | None:
-    if isinstance(value, tuple) and all(type(n) is int for n in value):
+    if isinstance(value, tuple) and len(value) <= 64 and all(type(n) is int for n in value):
         return value
     return None
