@@ -4,16 +4,18 @@ An archive is a zip whose records are all STORED. Sizes are in the central direc
 local headers leave them to a data descriptor), data offsets in the local headers only (they are
 padded for alignment); CRCs may be zero. Facts: pytorch:caffe2/serialize/inline_container.cc and
 torch/serialization.py. The archive may start anywhere in its file, as in a `.distcp`.
+
+Read as strictly as it is written: what two zip readers could understand differently is refused.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcorefs.errors import CheckpointError
-from mcorefs.unpickle import StoredView, loads
+from mcorefs.unpickle import StoredView, describe, loads
 
 Pread = Callable[[int, int], bytes]
 """pread(offset, nbytes) relative to the start of the archive; raises if it comes short."""
@@ -23,9 +25,14 @@ _EOCD64_LOCATOR = struct.Struct("<4sLQL")
 _EOCD64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
+_ALL_ONES16, _ALL_ONES32 = 0xFFFF, 0xFFFFFFFF
+_DESCRIPTOR, _UTF8 = 0x0008, 0x0800
+"""Flags of a record: its sizes follow it; its name is UTF-8. No other is ever set."""
 _GUESS = 2048
 """Head and tail of an archive of one tensor: two reads of this size find everything."""
 MAX_PICKLE = 1 << 30
+MAX_DIRECTORY = 1 << 28
+"""Some two million records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,10 @@ class Record:
     name: str
     header: int
     nbytes: int
+    full_name: bytes | None = None
+    """As the local header must repeat it; None where that is not known."""
+    end: int | None = None
+    """Where the next record or the directory begins."""
 
 
 def records(pread: Pread, nbytes: int, what: str) -> Mapping[str, Record]:
@@ -43,75 +54,133 @@ def records(pread: Pread, nbytes: int, what: str) -> Mapping[str, Record]:
     Raises CheckpointError where it is not a well-formed archive of stored members.
     """
     tail_start = max(0, nbytes - _GUESS)
-    tail = pread(tail_start, nbytes - tail_start)
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or len(tail) < at + _EOCD.size:
-        raise _malformed(what, "it has no end-of-directory record")
-    count, size, start = _EOCD.unpack_from(tail, at)[4:7]
-    locator = at - _EOCD64_LOCATOR.size
-    if locator >= 0 and tail[locator : locator + 4] == b"PK\6\7":
-        offset64 = _EOCD64_LOCATOR.unpack_from(tail, locator)[2]
-        if offset64 + _EOCD64.size > nbytes:
-            raise _malformed(what, "its directory lies outside of it")
-        fields = _EOCD64.unpack(pread(offset64, _EOCD64.size))
-        if fields[0] != b"PK\6\6":
-            raise _malformed(what, "its zip64 directory record is damaged")
-        count, size, start = fields[7:10]
-    if start + size > nbytes or size > MAX_PICKLE:
-        raise _malformed(what, "its directory lies outside of it")
-    inside = start >= tail_start
-    directory = (
-        tail[start - tail_start : start - tail_start + size] if inside else pread(start, size)
-    )
-    return _parse_directory(directory, count, nbytes, what)
+    tail = _read(pread, tail_start, nbytes - tail_start, nbytes, what)
+    count, size, start = _find_directory(tail, nbytes, what)
+    if start >= tail_start:
+        directory = tail[start - tail_start : start - tail_start + size]
+    else:
+        directory = _read(pread, start, size, nbytes, what)
+    found = _parse_directory(directory, count, what)
+    return _bounded(found, start, what)
 
 
-def _parse_directory(directory: bytes, count: int, nbytes: int, what: str) -> Mapping[str, Record]:
-    found: dict[str, Record] = {}
+def _find_directory(tail: bytes, nbytes: int, what: str) -> tuple[int, int, int]:
+    """(number of records, size, start) of the directory, from the last bytes of the archive.
+
+    It ends the archive: there is no comment, so there is one place only to look for its end.
+    """
+    if len(tail) < _EOCD.size or not tail[-_EOCD.size :].startswith(b"PK\5\6"):
+        raise _malformed(what, "it does not end as one does; it may be cut short")
+    *disks, here, count, size, start, comment = _EOCD.unpack(tail[-_EOCD.size :])[1:]
+    end = nbytes - _EOCD.size
+    locator = tail[-_EOCD.size - _EOCD64_LOCATOR.size : -_EOCD.size]
+    if locator.startswith(b"PK\6\7"):
+        _, disk, end, _ = _EOCD64_LOCATOR.unpack(locator)
+        large = tail[: -_EOCD.size - _EOCD64_LOCATOR.size][-_EOCD64.size :]
+        adjacent = end + _EOCD64.size == nbytes - _EOCD.size - _EOCD64_LOCATOR.size
+        if not adjacent or len(large) < _EOCD64.size or not large.startswith(b"PK\6\6"):
+            raise _malformed(what, "its zip64 directory record is not where it should be")
+        small = (here, count, size, start)
+        length, _, _, *more, here, count, size, start = _EOCD64.unpack(large)[1:]
+        disks += [disk, *more]
+        ones = (_ALL_ONES16, _ALL_ONES16, _ALL_ONES32, _ALL_ONES32)
+        wide = (here, count, size, start)
+        agree = all(s in (w, one) for s, w, one in zip(small, wide, ones, strict=True))
+        if not agree or length != _EOCD64.size - 12:
+            raise _malformed(what, "its two directory records disagree")
+    if any(disks) or here != count or comment:
+        raise _malformed(what, "it has several parts or a comment")
+    if start + size != end or count * _CENTRAL.size > size or size > MAX_DIRECTORY:
+        raise _malformed(what, "its directory is not where it should be")
+    return count, size, start
+
+
+def _parse_directory(directory: bytes, count: int, what: str) -> list[Record]:
+    found: list[Record] = []
+    prefixes: set[str] = set()
     at = 0
     for _ in range(count):
-        if at + _CENTRAL.size > len(directory):
+        if at + _CENTRAL.size > len(directory) or not directory.startswith(b"PK\1\2", at):
             raise _malformed(what, "its directory is cut short")
         fields = _CENTRAL.unpack_from(directory, at)
         flags, method = fields[3], fields[4]
-        packed, size, name_len, extra_len, comment_len = fields[8:13]
-        header = fields[16]
+        packed, size, name_len, extra_len, comment_len, disk = fields[8:14]
         at += _CENTRAL.size
-        name = directory[at : at + name_len].decode("utf-8", "replace")
+        raw = directory[at : at + name_len]
         extra = directory[at + name_len : at + name_len + extra_len]
-        size, packed, header = _zip64(extra, size, packed, header)
         at += name_len + extra_len + comment_len
-        short = name.split("/", 1)[-1]
-        if method != 0 or packed != size or flags & 1:
-            raise _malformed(what, f"record {short} is compressed or encrypted")
-        if header + _LOCAL.size + size > nbytes or short in found:
-            raise _malformed(what, f"record {short} lies outside of it or comes twice")
-        found[short] = Record(short, header, size)
+        try:
+            prefix, slash, name = raw.decode().partition("/")
+            size, packed, header = _zip64(extra, size, packed, fields[16])
+        except (ValueError, struct.error):
+            raise _malformed(what, "its directory is damaged") from None
+        if method != 0 or packed != size or flags & ~(_DESCRIPTOR | _UTF8) or disk:
+            raise _malformed(what, f"record {name!a:.80} is compressed or encrypted")
+        prefixes.add(prefix + slash)
+        found.append(Record(name, header, size, raw))
+    if at != len(directory) or len(prefixes) > 1:
+        raise _malformed(what, "its directory is damaged")
     return found
 
 
 def _zip64(extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """The three fields with those that hold all ones taken from the zip64 extra field."""
+    """The three fields with those that hold all ones taken from the zip64 extra field.
+
+    Raises struct.error or ValueError if they are not there.
+    """
+    values = [size, packed, header]
+    absent = [i for i, value in enumerate(values) if value == _ALL_ONES32]
     at = 0
-    while at + 4 <= len(extra):
+    while at < len(extra):
         tag, length = struct.unpack_from("<2H", extra, at)
+        if at + 4 + length > len(extra):
+            raise ValueError
         if tag == 1:
-            numbers = list(struct.unpack_from(f"<{length // 8}Q", extra, at + 4))
-            values = [size, packed, header]
-            for i, value in enumerate(values):
-                if value == 0xFFFFFFFF and numbers:
-                    values[i] = numbers.pop(0)
-            return values[0], values[1], values[2]
+            numbers = struct.unpack_from(f"<{len(absent)}Q", extra[: at + 4 + length], at + 4)
+            for i, number in zip(absent, numbers, strict=True):
+                values[i] = number
+            absent = []
         at += 4 + length
-    return size, packed, header
+    if absent:
+        raise ValueError
+    return values[0], values[1], values[2]
+
+
+def _bounded(found: list[Record], directory: int, what: str) -> Mapping[str, Record]:
+    """The records by name, each with its end. Raises if two share bytes or a name."""
+    ordered = sorted(found, key=lambda record: record.header)
+    ends = [record.header for record in ordered[1:]]
+    by_name: dict[str, Record] = {}
+    for record, end in zip(ordered, [*ends, directory], strict=False):
+        if record.header + _LOCAL.size + len(record.full_name or b"") + record.nbytes > end:
+            raise _malformed(what, f"record {record.name!a:.80} lies outside of it")
+        if record.name in by_name:
+            raise _malformed(what, f"record {record.name!a:.80} comes twice")
+        by_name[record.name] = replace(record, end=end)
+    return by_name
 
 
 def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
-    """Offset of the record's bytes from the start of the archive."""
-    header = _LOCAL.unpack(pread(record.header, _LOCAL.size))
-    start = record.header + _LOCAL.size + header[9] + header[10]
-    if header[0] != b"PK\3\4" or header[3] != 0 or start + record.nbytes > nbytes:
-        raise _malformed(what, f"the header of record {record.name} is damaged")
+    """Offset of the record's bytes from the start of the archive of `nbytes` bytes.
+
+    Raises CheckpointError if the local header contradicts the directory.
+    """
+    name = record.full_name or b""
+    local = _read(pread, record.header, _LOCAL.size + len(name), nbytes, what)
+    magic, _, flags, method, _, _, _, packed, size, name_len, extra_len = _LOCAL.unpack_from(local)
+    start = record.header + _LOCAL.size + name_len + extra_len
+    end = nbytes if record.end is None else record.end
+    # Sizes that follow the data, or stand in a zip64 field, are not here.
+    elsewhere = (0, _ALL_ONES32) if flags & _DESCRIPTOR else (_ALL_ONES32,)
+    if (
+        magic != b"PK\3\4"
+        or method != 0
+        or flags & ~(_DESCRIPTOR | _UTF8)
+        or not {packed, size} <= {record.nbytes, *elsewhere}
+        or (record.full_name is not None and (name_len, local[_LOCAL.size :]) != (len(name), name))
+        or start + record.nbytes > end
+    ):
+        raise _malformed(what, f"the header of record {record.name!a:.80} is damaged")
     return int(start)
 
 
@@ -121,10 +190,7 @@ def load(pread: Pread, nbytes: int, what: str) -> tuple[object, Mapping[str, Rec
     A tensor becomes a StoredView of the record `data/<key>` of its storage; none is read.
     """
     members = records(pread, nbytes, what)
-    if "data.pkl" not in members:
-        raise _malformed(what, "it has no data.pkl")
-    _check_byte_order(pread, members, nbytes, what)
-    return _load_pickle(pread, members["data.pkl"], nbytes, what), members
+    return _load(pread, members, nbytes, what), members
 
 
 def load_object(pread: Pread, nbytes: int, what: str) -> object:
@@ -137,21 +203,18 @@ def locate_tensor(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView
 
     Reads the head and the tail of the archive, never the data.
     """
-    head = pread(0, min(_GUESS, nbytes))
+    head = _read(pread, 0, min(_GUESS, nbytes), nbytes, what)
 
     def buffered(offset: int, count: int) -> bytes:
         if offset + count <= len(head):
             return head[offset : offset + count]
         return pread(offset, count)
 
-    members = records(pread, nbytes, what)
-    if "data.pkl" not in members:
-        raise _malformed(what, "it has no data.pkl")
-    _check_byte_order(buffered, members, nbytes, what)
-    tensor = _load_pickle(buffered, members["data.pkl"], nbytes, what)
+    members = records(buffered, nbytes, what)
+    tensor = _load(buffered, members, nbytes, what)
     if not isinstance(tensor, StoredView):
         raise CheckpointError(
-            f"{what}: expected a plain tensor, found {getattr(tensor, 'name', tensor)!s:.80}. "
+            f"{what}: expected a plain tensor, found {describe(tensor)}. "
             "Quantised tensor classes cannot be read bit for bit."
         )
     record = record_of(tensor, members, what)
@@ -162,30 +225,44 @@ def record_of(tensor: StoredView, members: Mapping[str, Record], what: str) -> R
     """The record that holds every element of `tensor`. Raises CheckpointError if none does."""
     record = members.get(f"data/{tensor.storage.key}")
     if record is None:
-        raise _malformed(what, f"it has no record data/{tensor.storage.key}")
-    if len(tensor.size) != len(tensor.stride) or min((*tensor.size, *tensor.stride, 0)) < 0:
-        raise _malformed(what, "its tensor has an impossible shape")
-    last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.size, tensor.stride, strict=True))
-    end = 0 if 0 in tensor.size else (last + 1) * tensor.dtype.itemsize
-    if tensor.offset < 0 or end > record.nbytes:
+        raise _malformed(what, f"it has no record data/{ascii(tensor.storage.key)[1:-1]:.80}")
+    if tensor.storage.nbytes != record.nbytes:
+        raise _malformed(
+            what,
+            f"record {record.name} has {record.nbytes} bytes, its pickle says "
+            f"{tensor.storage.nbytes}",
+        )
+    strides = zip(tensor.size, tensor.stride, strict=True)
+    last = tensor.offset + sum((size - 1) * stride for size, stride in strides)
+    if 0 not in tensor.size and (last + 1) * tensor.dtype.itemsize > record.nbytes:
         raise _malformed(what, "its tensor reaches beyond its storage")
     return record
 
 
-def _load_pickle(pread: Pread, record: Record, nbytes: int, what: str) -> object:
-    if record.nbytes > MAX_PICKLE:
-        raise _malformed(what, f"its data.pkl has {record.nbytes} bytes")
-    start = data_start(pread, record, nbytes, what)
-    return loads(pread(start, record.nbytes), what, storages=True)
-
-
-def _check_byte_order(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str) -> None:
+def _load(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str) -> object:
+    record = members.get("data.pkl")
+    if record is None:
+        raise _malformed(what, "it has no data.pkl")
     order = members.get("byteorder")
-    if order is None:
-        return
-    value = pread(data_start(pread, order, nbytes, what), min(order.nbytes, 16))
-    if value != b"little":
-        raise CheckpointError(f"{what} was written in {value!r} byte order; only little is read")
+    if order is not None:
+        value = _read_record(pread, order, 16, nbytes, what)
+        if value != b"little":
+            raise CheckpointError(
+                f"{what} was written in {value!r} byte order; only little is read"
+            )
+    return loads(_read_record(pread, record, MAX_PICKLE, nbytes, what), what, storages=True)
+
+
+def _read_record(pread: Pread, record: Record, most: int, nbytes: int, what: str) -> bytes:
+    if record.nbytes > most:
+        raise _malformed(what, f"its {record.name} has {record.nbytes} bytes")
+    return _read(pread, data_start(pread, record, nbytes, what), record.nbytes, nbytes, what)
+
+
+def _read(pread: Pread, offset: int, count: int, nbytes: int, what: str) -> bytes:
+    if offset + count <= nbytes and len(data := pread(offset, count)) == count:
+        return data
+    raise _malformed(what, f"it ends before byte {offset + count}")
 
 
 def _malformed(what: str, why: str) -> CheckpointError:
