@@ -10,6 +10,7 @@ pytorch:torch/distributed/checkpoint/metadata.py.
 from __future__ import annotations
 
 import gc
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ def _first(value: object = None, *_: object) -> object:
 def _path(*parts: object) -> str:
     if not all(isinstance(part, str) and len(part) < 4096 for part in parts):
         raise PickleError("a path of what are no strings, or too long")
-    return "/".join(map(str, parts))[:4096]
+    return posixpath.join("", *map(str, parts))[:4096]
 
 
 _STORAGES = {

@@ -22,7 +22,8 @@ def array(seed: int, *shape: int) -> Array:
 
 
 def stored(fqn: str, shape: Shape, dtype: str = "F32") -> StoredTensor:
-    chunk = Chunk(Box.whole(shape), Span("unread", 0, 1))
+    whole = Box.whole(shape)
+    chunk = Chunk(whole, Span("unread", 0, whole.volume * BY_NAME[dtype].itemsize))
     tensor, problem = stored_tensor(fqn, BY_NAME[dtype], shape, (chunk,))
     assert tensor is not None, problem
     return tensor

@@ -52,9 +52,9 @@ def moe(fixtures: Mapping[str, Fixture]) -> Tensors:
 
 def unread(shape: Shape, dtype: str = "BF16") -> View:
     """A tensor of `shape` whose values nobody asks for."""
-    tensor, problem = stored_tensor(
-        "x", BY_NAME[dtype], shape, (Chunk(Box.whole(shape), Span("unread", 0, 1)),)
-    )
+    whole = Box.whole(shape)
+    span = Span("unread", 0, whole.volume * BY_NAME[dtype].itemsize)
+    tensor, problem = stored_tensor("x", BY_NAME[dtype], shape, (Chunk(whole, span),))
     assert tensor is not None, problem
     return Stored(tensor)
 

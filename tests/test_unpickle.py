@@ -228,7 +228,7 @@ def test_training_args_become_plain(protocol: int) -> None:
         "dtype": "bfloat16",
         "color": "red",
         "path": None,
-        "posix": "//data/x" if sys.version_info < (3, 12) else "/data/x",
+        "posix": "/data/x",
         "nested": {"a": {"b": [1, 2]}, "3": None},
         "function": None,
         "loss": None,

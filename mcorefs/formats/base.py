@@ -71,8 +71,8 @@ def training_args(state: object, source: str) -> tuple[Mapping[str, object], str
         return {}, f"{source} holds no training args"
     try:
         return {str(name): plain(value) for name, value in args.__dict__.items()}, source
-    except RecursionError:
-        raise CheckpointError(f"{source}: the training args are nested too deeply") from None
+    except CheckpointError as problem:
+        raise CheckpointError(f"{source}: {problem}") from None
 
 
 @contextmanager

@@ -8,8 +8,9 @@ Layout facts: pytorch:torch/distributed/checkpoint/{metadata,filesystem}.py.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
@@ -19,7 +20,15 @@ from mcorefs.formats.base import reading
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import load_object
-from mcorefs.unpickle import Attributes, Metadata, MetadataIndex, TensorProperties, describe, loads
+from mcorefs.unpickle import (
+    Attributes,
+    Inert,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    describe,
+    loads,
+)
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -42,26 +51,32 @@ def entries(metadata: Metadata) -> Iterator[tuple[str, object]]:
     if not isinstance(found, dict):
         raise CheckpointError(".metadata has no state_dict_metadata: it is damaged")
     for fqn, entry in found.items():
-        if not isinstance(fqn, str):
-            raise CheckpointError(f".metadata names an entry by a {describe(fqn)}, not by a string")
+        if not (isinstance(fqn, str) and fqn.isprintable()):
+            raise CheckpointError(f".metadata names an entry {describe(fqn)}: it is damaged")
         yield fqn, entry
 
 
 class StorageTable:
-    """Where each chunk lies: the `storage_data` of `.metadata`, joined on (fqn, offset)."""
+    """Where each chunk of the `wanted` fqns lies: `storage_data` of `.metadata`, which is joined to
+    the chunks on (fqn, offset)."""
 
-    def __init__(self, root: Path, metadata: Metadata) -> None:
+    def __init__(self, root: Path, metadata: Metadata, wanted: Container[object]) -> None:
         self.root = root
         self._ranges: dict[tuple[str, Shape | None], Attributes] = {}
         self._paths: dict[str, str] = {}
+        self._ends: dict[str, int] = {}
         data = getattr(metadata, "storage_data", None)
         if not isinstance(data, dict):
             raise CheckpointError(f"{root}/.metadata has no storage_data: it is damaged")
         for index, info in data.items():
             if isinstance(index, MetadataIndex) and isinstance(info, Attributes):
                 fqn, offset = index.__dict__.get("fqn"), index.__dict__.get("offset")
-                if isinstance(fqn, str) and (offset is None or _shape(offset) is not None):
-                    self._ranges[fqn, offset] = info
+                if isinstance(fqn, str) and fqn in wanted:
+                    self._ranges[fqn, _shape(offset)] = info
+
+    def holds(self, fqn: str, offset: Shape | None) -> bool:
+        """Whether a file range is given for the entry of `fqn` at `offset`."""
+        return (fqn, offset) in self._ranges
 
     def span(self, fqn: str, offset: Shape | None) -> Span | str:
         """The archive that holds the chunk of `fqn` at `offset`, or what is wrong with it."""
@@ -78,23 +93,17 @@ class StorageTable:
         if start < 0 or nbytes <= 0:
             return f"its place on disk is impossible (offset {start}, length {nbytes})"
         if name not in self._paths:
-            if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+            if not _is_child_name(name):
                 return f"its file name {name!r:.80} is not that of a file in the checkpoint"
             self._paths[name] = str(self.root / name)
-        return Span(self._paths[name], start, nbytes, "torch_zip")
+        path = self._paths[name]
+        self._ends[path] = max(self._ends.get(path, 0), start + nbytes)
+        return Span(path, start, nbytes, "torch_zip")
 
-    def check_files(
-        self, tensors: Iterable[StoredTensor], problems: list[str]
-    ) -> Mapping[str, FileIdentity]:
-        """The files that hold `tensors`; each missing or short one is added to `problems`."""
-        ends: dict[str, int] = {}
-        for tensor in tensors:
-            for chunk in tensor.chunks:
-                end = chunk.span.offset + chunk.span.nbytes
-                if end > ends.get(chunk.span.path, 0):
-                    ends[chunk.span.path] = end
+    def check_files(self, problems: list[str]) -> Mapping[str, FileIdentity]:
+        """The files of all spans asked for; each missing or short one is added to `problems`."""
         files: dict[str, FileIdentity] = {}
-        for path, end in sorted(ends.items()):
+        for path, end in sorted(self._ends.items()):
             identity, why = regular_file(path)
             if identity is None:
                 problems.append(f"shard file {path}: {why}")
@@ -108,10 +117,23 @@ class StorageTable:
         return files
 
 
+def _is_child_name(name: str) -> bool:
+    """Whether `name` is that of a file in a directory: no path, and one the system can take."""
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_tensor(
     fqn: str, entry: object, storage: StorageTable
 ) -> tuple[StoredTensor | None, str | None]:
     """The tensor that `.metadata` describes, or what is wrong with it."""
+    if isinstance(entry, Inert):
+        return None, f"{fqn}: .metadata describes it as {entry.name}, which is not known"
     properties = getattr(entry, "properties", None)
     dtype = properties.dtype if isinstance(properties, TensorProperties) else None
     if not isinstance(dtype, DType):
@@ -120,28 +142,48 @@ def read_tensor(
     described = getattr(entry, "chunks", None)
     if shape is None or not isinstance(described, list):
         return None, f"{fqn}: .metadata gives no shape or no chunks"
-    chunks = []
+    chunks: list[Chunk] = []
+    faults: list[str] = []
     for chunk in described:
         offsets = _shape(getattr(chunk, "offsets", None))
         sizes = _shape(getattr(chunk, "sizes", None))
-        if offsets is None or sizes is None:
-            return None, f"{fqn}: a chunk has no offsets or no sizes"
-        if 0 in sizes:
-            continue
-        span = storage.span(fqn, offsets)
-        if isinstance(span, str):
-            return None, f"{fqn}: chunk at {list(offsets)}: {span}"
-        chunks.append(Chunk(Box(offsets, sizes), span))
+        if offsets is None or sizes is None or len(offsets) != len(sizes):
+            faults.append("a chunk's offsets or sizes are not given, or do not fit each other")
+        elif 0 not in sizes:
+            span = storage.span(fqn, offsets)
+            if isinstance(span, Span) and span.nbytes < math.prod(sizes) * dtype.itemsize:
+                span = (
+                    f"{span.nbytes} bytes on disk cannot hold {list(sizes)} of {dtype.torch}: "
+                    ".metadata is damaged, or the tensor is stored quantised"
+                )
+            if isinstance(span, str):
+                faults.append(f"chunk at {list(offsets)}: {span}")
+            else:
+                chunks.append(Chunk(Box(offsets, sizes), span))
+    if faults:
+        more = f" (and {len(faults) - 1} more of its chunks)" if len(faults) > 1 else ""
+        return None, f"{fqn}: {faults[0]}{more}"
     return stored_tensor(fqn, dtype, shape, tuple(chunks))
 
 
 def load_range(path: str, offset: int, nbytes: int) -> object:
-    """The object in the `torch.save` archive at [offset, offset + nbytes) of `path`."""
+    """The object in the `torch.save` archive at [offset, offset + nbytes) of `path`.
+
+    Raises CheckpointError where the file is not a regular one or does not reach so far.
+    """
+    identity, why = regular_file(path)
+    if identity is None:
+        raise CheckpointError(f"{path}: {why}")
+    if identity.size < offset + nbytes:
+        raise CheckpointError(
+            f"{path} is cut short: it has {identity.size} bytes, {offset + nbytes} are needed"
+        )
     with reading(path, offset) as pread:
         return load_object(pread, nbytes, path)
 
 
 def _shape(value: object) -> Shape | None:
-    if isinstance(value, tuple) and len(value) <= 64 and all(type(n) is int for n in value):
+    """`value` where it is a tuple of integers (as torch.Size is unpickled)."""
+    if type(value) is tuple and len(value) <= 64 and set(map(type, value)) <= {int}:
         return value
     return None

@@ -13,11 +13,13 @@ strategies/torch.py; pytorch:torch/distributed/checkpoint/{metadata,filesystem}.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+from mcorefs.boxes import Shape
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import Checkpoint, refusal, training_args
 from mcorefs.formats.dcp import StorageTable, entries, load_range, read_metadata, read_tensor
@@ -27,7 +29,9 @@ from mcorefs.unpickle import Inert
 COMMON_STATE = "common_state/shard_0_1"
 """ShardedObject("common_state", shape (1,), offset (0,)).unique_key, since megatron-core 0.19."""
 
-_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+BYTES = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+
+_OPTIMIZER = re.compile(r"(chained_\d+\.)*optim\w*\.")
 
 
 class TorchDist:
@@ -47,24 +51,27 @@ class TorchDist:
 
     def index(self, path: Path) -> Checkpoint:
         metadata = read_metadata(path / ".metadata")
-        storage = StorageTable(path, metadata)
-        problems: list[str] = []
-        tensors: dict[str, StoredTensor] = {}
+        weights: dict[str, object] = {}
         skipped: Counter[str] = Counter()
         for fqn, entry in entries(metadata):
-            if (kind := _kind(fqn, entry)) != "model":
+            if (kind := _kind(fqn, entry)) == "model":
+                weights[fqn] = entry
+            else:
                 skipped[kind] += 1
-                continue
+        storage = StorageTable(path, metadata, {*weights, COMMON_STATE})
+        problems: list[str] = []
+        tensors: dict[str, StoredTensor] = {}
+        for fqn, entry in weights.items():
             tensor, problem = read_tensor(fqn, entry, storage)
             if tensor is not None:
                 tensors[fqn] = tensor
             problems.extend([problem] if problem else [])
-        files = storage.check_files(tensors.values(), problems)
+        files = storage.check_files(problems)
+        args, source = _args(path, storage, problems)
         if problems:
             raise refusal(path, problems)
         if not tensors:
             raise CheckpointError(_no_weights(path, skipped))
-        args, source = _args(path, storage)
         return Checkpoint(self.name, path, tensors, args, source, files, dict(skipped))
 
 
@@ -74,27 +81,41 @@ def _kind(fqn: str, entry: object) -> str:
         return "optimizer"
     if "_extra_state" in fqn:
         return "_extra_state"
-    if "/shard_" in fqn or isinstance(entry, Inert) or fqn.startswith("rng_state"):
+    is_bytes = isinstance(entry, Inert) and entry.name == BYTES
+    if "/shard_" in fqn or is_bytes or fqn.startswith("rng_state"):
         return "object"
     return "model"
 
 
-def _args(path: Path, storage: StorageTable) -> tuple[Mapping[str, object], str]:
+def _args(
+    path: Path, storage: StorageTable, problems: list[str]
+) -> tuple[Mapping[str, object], str]:
     """The training args as plain values, and where they were found."""
+    try:
+        state, source = _common_state(path, storage)
+        return ({}, source) if state is None else training_args(state, source)
+    except CheckpointError as problem:
+        problems.append(str(problem))
+        return {}, "the training args cannot be read"
+
+
+def _common_state(path: Path, storage: StorageTable) -> tuple[object, str]:
+    """(the state that all ranks share, where it is), or (None, why there is none)."""
     common = path / "common.pt"
-    if common.is_file():
-        source, state = str(common), load_range(str(common), 0, common.stat().st_size)
-    else:
-        span = storage.span(COMMON_STATE, None)
-        if isinstance(span, str):
-            span = storage.span(COMMON_STATE, (0,))
-        if isinstance(span, str):
-            return {}, f"{path} has neither common.pt nor a {COMMON_STATE} entry"
-        source = f"{COMMON_STATE} in {span.path}"
-        state = load_range(span.path, span.offset, span.nbytes)
-        if isinstance(state, list) and state:
-            state = state[0]
-    return training_args(state, source)
+    if os.path.lexists(common):
+        nbytes = common.lstat().st_size
+        return load_range(str(common), 0, nbytes), str(common)
+    places: tuple[Shape | None, ...] = (None, (0,))
+    held = [place for place in places if storage.holds(COMMON_STATE, place)]
+    if not held:
+        return None, f"{path} has neither common.pt nor a {COMMON_STATE} entry"
+    span = storage.span(COMMON_STATE, held[0])
+    if isinstance(span, str):
+        raise CheckpointError(f"{COMMON_STATE}: {span}")
+    state = load_range(span.path, span.offset, span.nbytes)
+    if isinstance(state, list) and state:
+        state = state[0]
+    return state, f"{COMMON_STATE} in {span.path}"
 
 
 def _no_weights(path: Path, skipped: Mapping[str, int]) -> str:
