@@ -18,7 +18,7 @@ from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.index import Chunk, Span
-from mcorefs.torchzip import Record, data_start, locate_tensor
+from mcorefs.torchzip import Locator, Record, data_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Storage:
         self._identities = identities
         self._max_open = max_open
         self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._locator = Locator()
         self._placed: dict[Span, Placed] = {}
         self._record_starts: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
@@ -129,7 +130,7 @@ class Storage:
             return Placed(span.path, self._record_start(span) + span.skip, strides)
         what = f"{span.path} (entry at byte {span.offset})"
         try:
-            start, tensor = locate_tensor(
+            start, tensor = self._locator.locate(
                 lambda offset, count: self.read(span.path, span.offset + offset, count),
                 span.nbytes,
                 what,

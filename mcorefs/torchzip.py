@@ -24,6 +24,8 @@ _EOCD = struct.Struct("<4s4H2LH")
 _EOCD64_LOCATOR = struct.Struct("<4sLQL")
 _EOCD64 = struct.Struct("<4sQ2H2L4Q")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
+_CRC = 16
+"""Offset of a record's checksum in the directory."""
 _LOCAL = struct.Struct("<4s5H3L2H")
 _ALL_ONES16, _ALL_ONES32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
@@ -198,27 +200,95 @@ def load_object(pread: Pread, nbytes: int, what: str) -> object:
     return load(pread, nbytes, what)[0]
 
 
-def locate_tensor(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
-    """(offset of its storage's bytes, the tensor) for an archive that holds one tensor.
+@dataclass(frozen=True, slots=True)
+class _Twin:
+    """An archive that was looked through: one that has the same bytes around its data, but for
+    checksums and the id of its data, needs no second look."""
 
-    Reads the head and the tail of the archive, never the data.
-    """
-    head = _read(pread, 0, min(_GUESS, nbytes), nbytes, what)
+    head: bytes
+    """All that comes before the data."""
+    kept: tuple[tuple[int, int], ...]
+    """Ranges of the directory that must be the same, counted from the end of the archive."""
+    directory: bytes
+    """The bytes in those ranges."""
+    found: tuple[int, StoredView]
 
-    def buffered(offset: int, count: int) -> bytes:
+    def matches(self, head: bytes, tail: bytes) -> bool:
+        return head.startswith(self.head) and _pick(tail, self.kept) == self.directory
+
+
+class Locator:
+    """Finds the one tensor in each of many archives, most of which are alike. Thread-safe."""
+
+    def __init__(self, remembered: int = 256) -> None:
+        self._twins: dict[int, _Twin] = {}
+        """By the size of the archive."""
+        self._remembered = remembered
+
+    def locate(self, pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
+        """(offset of its storage's bytes, the tensor) for an archive that holds one tensor.
+
+        Reads the head and the tail of the archive, never the data. Raises CheckpointError.
+        """
+        count = min(_GUESS, nbytes)
+        head = _read(pread, 0, count, nbytes, what)
+        tail = _read(pread, nbytes - count, count, nbytes, what)
+        twin = self._twins.get(nbytes)
+        if twin is not None and twin.matches(head, tail):
+            return twin.found
+        found = _locate(_buffered(pread, head, tail, nbytes), nbytes, what)
+        if found[0] <= len(head) and len(self._twins) < self._remembered:
+            kept = _all_but_checksums(tail, nbytes, what)
+            if kept:
+                self._twins[nbytes] = _Twin(head[: found[0]], kept, _pick(tail, kept), found)
+        return found
+
+
+def _buffered(pread: Pread, head: bytes, tail: bytes, nbytes: int) -> Pread:
+    """`pread` on an archive whose first and last bytes were read already."""
+
+    def read(offset: int, count: int) -> bytes:
         if offset + count <= len(head):
             return head[offset : offset + count]
+        from_tail = offset - (nbytes - len(tail))
+        if from_tail >= 0:
+            return tail[from_tail : from_tail + count]
         return pread(offset, count)
 
-    members = records(buffered, nbytes, what)
-    tensor = _load(buffered, members, nbytes, what)
+    return read
+
+
+def _all_but_checksums(tail: bytes, nbytes: int, what: str) -> tuple[tuple[int, int], ...]:
+    """The ranges of the directory in `tail` without each record's CRC, counted from the end of the
+    archive; none if it does not lie within."""
+    count, _, start = _find_directory(tail, nbytes, what)
+    at = start - nbytes
+    if -at > len(tail):
+        return ()
+    kept = []
+    for _ in range(count):
+        fields = _CENTRAL.unpack_from(tail, len(tail) + at)
+        kept.append((at, at + _CRC))
+        at += _CRC + 4
+        kept.append((at, at := at - _CRC - 4 + _CENTRAL.size + sum(fields[10:13])))
+    return (*kept, (at, 0))
+
+
+def _pick(tail: bytes, kept: tuple[tuple[int, int], ...]) -> bytes:
+    size = len(tail)
+    return b"".join(tail[size + start : size + stop] for start, stop in kept)
+
+
+def _locate(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
+    members = records(pread, nbytes, what)
+    tensor = _load(pread, members, nbytes, what)
     if not isinstance(tensor, StoredView):
         raise CheckpointError(
             f"{what}: expected a plain tensor, found {describe(tensor)}. "
             "Quantised tensor classes cannot be read bit for bit."
         )
     record = record_of(tensor, members, what)
-    return data_start(buffered, record, nbytes, what), tensor
+    return data_start(pread, record, nbytes, what), tensor
 
 
 def record_of(tensor: StoredView, members: Mapping[str, Record], what: str) -> Record:

@@ -118,7 +118,8 @@ class Select(_Unary):
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         offsets = (*box.offsets[: self.axis], self.index, *box.offsets[self.axis :])
         sizes = (*box.sizes[: self.axis], 1, *box.sizes[self.axis :])
-        self.source.read_into(Box(offsets, sizes), np.expand_dims(out, self.axis), leaf)
+        again = out[(slice(None),) * self.axis + (None,)]
+        self.source.read_into(Box(offsets, sizes), again, leaf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import io
 import struct
 import zipfile
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,17 @@ from hypothesis import strategies as st
 from torch.serialization import set_crc32_options
 from torch.utils.serialization import config
 
+from mcorefs import torchzip, unpickle
 from mcorefs.dtypes import BF16, BY_TORCH
 from mcorefs.errors import CheckpointError
-from mcorefs.torchzip import Pread, data_start, load, load_object, locate_tensor, record_of, records
+from mcorefs.torchzip import Locator, Pread, data_start, load, load_object, record_of, records
 from mcorefs.unpickle import Storage, StoredView
 from tests.tilings import shapes
+
+
+def locate_tensor(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
+    """As a locator does that has seen nothing before."""
+    return Locator().locate(pread, nbytes, what)
 
 
 def saved(value: object) -> bytes:
@@ -516,3 +523,48 @@ def test_a_huge_directory_is_not_read() -> None:
     with pytest.raises(CheckpointError, match="directory"):
         records(pread, nbytes, "entry")
     assert sum(asked) <= 4096
+
+
+# --- archives that are alike ----------------------------------------------------------------
+
+
+def verdict(locator: Locator, content: bytes) -> object:
+    try:
+        return locator.locate(reading(content), len(content), "entry")
+    except CheckpointError as problem:
+        return str(problem)
+
+
+def test_an_archive_like_another_is_judged_as_if_it_were_the_first() -> None:
+    """Every byte around the data changed, one at a time: no twin hides a difference."""
+    content = saved(torch.arange(1500, dtype=torch.int16).reshape(30, 50))
+    start, _ = locate_tensor(reading(content), len(content), "entry")
+    locator = Locator()
+    assert verdict(locator, content) == verdict(Locator(), content)
+    for at in (*range(start), *range(start + 3000, len(content))):
+        for flip in (1, 0x80):
+            changed = bytearray(content)
+            changed[at] ^= flip
+            assert verdict(locator, bytes(changed)) == verdict(Locator(), bytes(changed)), at
+
+
+def test_archives_that_are_alike_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    real = unpickle.loads
+
+    def counting(*arguments: Any, **keywords: Any) -> object:
+        looked.append(1)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(torchzip, "loads", counting)
+    locator = Locator(remembered=2)
+    for seed in range(5):  # different bytes, so different checksums and ids
+        for shape in ((64, 64), (32, 128), (8, 8)):
+            tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            content = saved(tensor)
+            offset, view = locator.locate(reading(content), len(content), "entry")
+            assert view.size == shape
+            data = content[offset : offset + tensor.numel() * 4]
+            assert data == tensor.numpy().tobytes()
+    # (64, 64) and (32, 128) have one size and keep only one twin; (8, 8) has its own.
+    assert len(looked) == 1 + 5 + 1
