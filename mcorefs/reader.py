@@ -10,7 +10,6 @@ for that thread, which itself waits for nothing but storage.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator
@@ -131,23 +130,6 @@ class Reader:
                 done += count
         else:
             self._read_tiles(view, way, start, out)
-
-    def copy_tensor(self, view: View, start: int, nbytes: int, fd: int, at: int) -> int:
-        """Have the kernel copy bytes of the row-major form of `view` to position `at` of file `fd`,
-        where they are bytes of shard files.
-
-        Returns how many it copied from `start` on; the rest must be read and written.
-        """
-        way = self._way_of(view)
-        if not isinstance(way, _Straight):
-            return 0
-        done = 0
-        for run, inside, count in way.pieces(start, nbytes):
-            copied = self._storage.copy_into(run.path, run.offset + inside, count, fd, at + done)
-            done += copied
-            if copied < count:
-                break
-        return done
 
     def read_box(self, view: View, box: Box) -> Array:
         """Elements `box` of `view` as a new array of the dtype's carrier."""
@@ -276,22 +258,6 @@ class SafetensorsFile:
             self.reader.read_tensor(view, start, out[done : done + count])
             done += count
 
-    def copy_into(self, offset: int, nbytes: int, fd: int, buffer: memoryview) -> None:
-        """Write the bytes [offset, offset + nbytes) to the same place in file `fd`.
-
-        The kernel copies what it can; the rest goes through `buffer`. Raises ReadFault if the
-        source cannot deliver, another OSError if `fd` cannot take it.
-        """
-        header = memoryview(self.layout.header)[offset : offset + nbytes]
-        at = offset + write_all(fd, header, offset)
-        for view, start, count in self._tensors(at, offset + nbytes - at):
-            done = self.reader.copy_tensor(view, start, count, fd, at)
-            while done < count:
-                part = buffer[: count - done]
-                self.reader.read_tensor(view, start + done, part)
-                done += write_all(fd, part, at + done)
-            at += count
-
     def _header_into(self, offset: int, out: memoryview) -> int:
         part = self.layout.header[offset : offset + len(out)]
         out[: len(part)] = part
@@ -308,11 +274,3 @@ class SafetensorsFile:
                 yield tensors[i].view, at - starts[i], count
                 at += count
             i += 1
-
-
-def write_all(fd: int, data: memoryview, at: int) -> int:
-    """Write all of `data` to position `at` of file `fd`; returns its length."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], at + done)
-    return done

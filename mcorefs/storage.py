@@ -85,25 +85,6 @@ class Storage:
                     )
                 done += count
 
-    def copy_into(self, path: str, offset: int, nbytes: int, fd: int, at: int) -> int:
-        """Have the kernel copy bytes of `path` from `offset` on to position `at` of file `fd`.
-
-        Returns how many of `nbytes` it copied: fewer where it cannot copy between these two files,
-        for whatever reason (reading and writing them then says which). Raises ReadFault if `path`
-        cannot be opened.
-        """
-        done = 0
-        with self._open(path) as source:
-            while done < nbytes:
-                try:
-                    count = os.copy_file_range(source, fd, nbytes - done, offset + done, at + done)
-                except OSError:
-                    break
-                if count == 0:
-                    break
-                done += count
-        return done
-
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         """The bytes [offset, offset + nbytes) of `path`. Raises ReadFault if it cannot."""
         out = bytearray(nbytes)
