@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mcorefs.errors import MountError
 
 # libfuse takes options as one comma-separated string and /proc/mounts separates fields by blanks.
 _FSNAME = re.compile(r"[A-Za-z0-9._:/@+=-]{1,64}")
+
+
+def _threads() -> int:
+    """Two for each processor, so that one can wait for storage while another copies. More only
+    take turns at the interpreter lock: 16 on two processors read a fifth slower than 4."""
+    return max(4, min(16, 2 * len(os.sched_getaffinity(0))))
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class MountOptions:
     """Have fusermount remove the mount if the daemon dies."""
     read_ahead_kib: int = 4096
     """Kernel read-ahead on this mount; needs root, and is left at the kernel's default without."""
-    threads: int = 16
+    threads: int = field(default_factory=_threads)
     """Requests answered at once (libfuse 3.12 or later; older ones take as many as they like)."""
 
     def __post_init__(self) -> None:
