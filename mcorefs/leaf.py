@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mcorefs.boxes import Box, Shape, row_major_strides
+from mcorefs.errors import ReadFault
 from mcorefs.index import StoredTensor
 from mcorefs.storage import Placed, Storage
 from mcorefs.views import Array
@@ -22,12 +23,17 @@ class StorageLeaf:
     """The leaf of every view of one checkpoint (`views.Leaf`)."""
 
     storage: Storage
+    gather_bytes: int = GATHER_BYTES
 
     def __call__(self, tensor: StoredTensor, box: Box, out: Array) -> None:
+        filled = 0
         for chunk, part in tensor.overlapping(box):
             placed = self.storage.place(chunk, tensor.dtype)
             where = part.relative_to(box.offsets).slices()
             self._copy(placed, part.relative_to(chunk.box.offsets), out[where])
+            filled += part.volume
+        if filled != box.volume:  # what is left of `out` is not data
+            raise ReadFault(f"{tensor.fqn}: {box} was asked of shape {list(tensor.shape)}")
 
     def _copy(self, placed: Placed, box: Box, out: Array) -> None:
         """Elements `box` of a chunk into `out`: straight where both sides are one run of bytes,
@@ -38,8 +44,8 @@ class StorageLeaf:
             start = placed.offset + first * size
             self.storage.read_into(placed.path, start, out.data.cast("B"))
             return
-        if stretch * size > GATHER_BYTES and (axis := _widest(placed.strides, box)) is not None:
-            for half, where in _halves(box, axis):
+        if stretch * size > self.gather_bytes and box.volume > 1:
+            for half, where in _halves(box, _widest(placed.strides, box.sizes)):
                 self._copy(placed, half, out[where])
             return
         buffer = np.empty(stretch, out.dtype)
@@ -66,12 +72,10 @@ def _dense(out: Array) -> bool:
     return out.flags.c_contiguous and out.flags.writeable
 
 
-def _widest(strides: Shape, box: Box) -> int | None:
-    """The axis along which the elements lie furthest apart: the one to halve, so that each half
-    has half the stretch. The first axis, except where the tensor is stored transposed."""
-    extents = [(n - 1) * s for n, s in zip(box.sizes, strides, strict=True)]
-    widest = max(extents, default=0)
-    return extents.index(widest) if widest else None
+def _widest(strides: Shape, sizes: Shape) -> int:
+    """The axis along which elements of `sizes` lie furthest apart: halving it halves the stretch,
+    or nearly. Of axes that lie no further than a point (expanded ones), the longest."""
+    return max(range(len(sizes)), key=lambda axis: ((sizes[axis] - 1) * strides[axis], sizes[axis]))
 
 
 def _halves(box: Box, axis: int) -> Iterator[tuple[Box, tuple[slice, ...]]]:

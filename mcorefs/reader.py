@@ -10,6 +10,7 @@ for that thread, which itself waits for nothing but storage.
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator
@@ -24,7 +25,7 @@ from mcorefs.index import StoredTensor
 from mcorefs.layout import SafetensorsLayout
 from mcorefs.leaf import Run, StorageLeaf, runs
 from mcorefs.storage import Storage
-from mcorefs.views import Array, View, moves_only
+from mcorefs.views import Array, Leaf, View, moves_only
 
 if TYPE_CHECKING:
     from cachetools import LRUCache
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 TILE_BYTES = 4 << 20
 MIN_RUN = 32 << 10
 """Mean length from which runs are read one by one rather than gathered into tiles."""
+MAX_RUNS = 4096
+"""Runs kept for one tensor, at some 150 bytes each."""
 
 
 class TileCache:
@@ -51,7 +54,7 @@ class TileCache:
         with self._lock:
             return key in self._tiles
 
-    def get(self, key: Hashable, view: View, box: Box, leaf: StorageLeaf) -> Array:
+    def get(self, key: Hashable, view: View, box: Box, leaf: Leaf) -> Array:
         """Elements `box` of `view`, row-major; kept under `key` while the budget allows."""
         with self._lock:
             tile = self._tiles.get(key)
@@ -71,11 +74,11 @@ class TileCache:
                 del self._pending[key]
             mine.set_exception(problem)
             raise
+        mine.set_result(tile)
         with self._lock:
             del self._pending[key]
             if tile.nbytes <= self.budget:
                 self._tiles[key] = tile
-        mine.set_result(tile)
         return tile
 
 
@@ -109,13 +112,24 @@ class _Tiled:
 
 
 class Reader:
-    """Reads tensors and files of one model. Thread-safe; owns no thread."""
+    """Reads tensors and files of one model. Thread-safe; owns no thread.
 
-    def __init__(self, storage: Storage, cache_bytes: int) -> None:
+    Keeps the views it has read from, and how to read each, for as long as it lives.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        cache_bytes: int,
+        tile_bytes: int = TILE_BYTES,
+        min_run: int = MIN_RUN,
+    ) -> None:
         self._storage = storage
         self._leaf = StorageLeaf(storage)
         self._cache = TileCache(cache_bytes)
-        self._ways: dict[int, _Straight | _Tiled] = {}
+        self._tile_bytes, self._min_run = tile_bytes, min_run
+        self._ways: dict[int, tuple[View, _Straight | _Tiled]] = {}
+        """By id, with the view itself: the id must not become that of another view."""
 
     def read_tensor(self, view: View, start: int, out: memoryview) -> None:
         """Fill `out` with the bytes of the row-major form of `view` from byte `start` on.
@@ -142,18 +156,20 @@ class Reader:
         self._storage.close()
 
     def _way_of(self, view: View) -> _Straight | _Tiled:
-        way = self._ways.get(id(view))
-        if way is None:
-            way = self._ways[id(view)] = self._way(view)
-        return way
+        known = self._ways.get(id(view))
+        if known is None:
+            known = self._ways[id(view)] = view, self._way(view)
+        return known[1]
 
     def _way(self, view: View) -> _Straight | _Tiled:
-        if moves_only(view) and (found := _as_runs(self._storage, view)) is not None:
-            return _Straight(found, tuple(run.start for run in found))
-        return _tiling(view.shape, view.dtype.itemsize)
+        if moves_only(view):
+            found = _as_runs(self._storage, view, self._min_run)
+            if found is not None:
+                return _Straight(found, tuple(run.start for run in found))
+        return _tiling(view.shape or (1,), view.dtype.itemsize, self._tile_bytes)
 
     def _read_tiles(self, view: View, tiling: _Tiled, start: int, out: memoryview) -> None:
-        size, shape = view.dtype.itemsize, view.shape
+        size, shape = view.dtype.itemsize, view.shape or (1,)
         row_bytes = math.prod(shape[tiling.axis + 1 :]) * size
         lead_bytes = shape[tiling.axis] * row_bytes
         target = np.frombuffer(out, np.uint8)
@@ -163,7 +179,7 @@ class Reader:
             number = inside // (tiling.rows * row_bytes)
             first = number * tiling.rows
             rows = min(tiling.rows, shape[tiling.axis] - first)
-            box = _tile_box(shape, tiling.axis, lead, first, rows)
+            box = _tile_box(shape, tiling.axis, lead, first, rows) if view.shape else Box((), ())
             key = (id(view), lead * tiling.per_lead + number)
             skip = inside - first * row_bytes
             count = min(rows * row_bytes - skip, end - at)
@@ -183,48 +199,55 @@ def _tile_box(shape: Shape, axis: int, lead: int, first: int, rows: int) -> Box:
     return Box((*index, first, *(0,) * len(rest)), (*(1,) * axis, rows, *rest))
 
 
-def _tiling(shape: Shape, itemsize: int) -> _Tiled:
-    """Tiles of about TILE_BYTES, each one contiguous range of the row-major form."""
-    if not shape:
-        raise ValueError("a scalar is always one run")
+def _tiling(shape: Shape, itemsize: int, tile_bytes: int) -> _Tiled:
+    """Tiles of about `tile_bytes`, each one contiguous range of the row-major form."""
     axis = 0
     row_bytes = math.prod(shape[1:]) * itemsize
-    while row_bytes > TILE_BYTES and axis + 1 < len(shape):
+    while row_bytes > tile_bytes and axis + 1 < len(shape):
         axis += 1
         row_bytes = math.prod(shape[axis + 1 :]) * itemsize
-    rows = max(1, min(shape[axis], TILE_BYTES // max(row_bytes, 1)))
+    rows = max(1, min(shape[axis], tile_bytes // max(row_bytes, 1)))
     return _Tiled(axis, rows, -(-shape[axis] // rows))
 
 
-def _as_runs(storage: Storage, view: View) -> tuple[Run, ...] | None:
+def _as_runs(storage: Storage, view: View, min_run: int) -> tuple[Run, ...] | None:
     """The runs that make up `view`, None if they are short and many.
 
-    The view is made to fill an array that is never touched, so it has addresses but no memory
-    behind them: the leaf sees where each piece would go and notes it instead of writing.
+    The view is made to fill an array that has addresses but no memory behind them: the leaf sees
+    where each piece would go and notes it instead of writing.
     """
     nbytes = math.prod(view.shape) * view.dtype.itemsize
     if nbytes == 0:
         return ()
-    most = max(16, nbytes // MIN_RUN)
+    most = min(max(16, nbytes // min_run), MAX_RUNS)
     found: list[Run] = []
-    out = np.empty(view.shape, view.dtype.carrier)
+    try:
+        # Read-only pages are never counted as memory in use, however many.
+        space = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+    except (OSError, ValueError, OverflowError):
+        return None
+    out = np.frombuffer(space, view.dtype.carrier, math.prod(view.shape)).reshape(view.shape)
     base = out.__array_interface__["data"][0]
 
     def note(tensor: StoredTensor, box: Box, target: Array) -> None:
         for run in runs(storage, tensor, box, target, base):
             found.append(run)
             # A piece outside goes through a buffer of the view's own: not straight.
-            if len(found) > most or not 0 <= run.start < nbytes:
-                raise _TooManyError
+            if len(found) > most or not 0 <= run.start <= nbytes - run.nbytes:
+                raise _NotStraightError
 
     try:
         view.read_into(Box.whole(view.shape), out, note)
-    except _TooManyError:
+    except _NotStraightError:
         return None
-    return _joined(sorted(found, key=lambda run: run.start))
+    ordered = sorted(found, key=lambda run: run.start)
+    ends = [run.start + run.nbytes for run in ordered]
+    if [0, *ends] != [*(run.start for run in ordered), nbytes]:
+        return None
+    return _joined(ordered)
 
 
-class _TooManyError(Exception):
+class _NotStraightError(Exception):
     pass
 
 

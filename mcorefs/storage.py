@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import DType
@@ -55,7 +56,9 @@ class Storage:
     """The shard files of one checkpoint, opened as needed and at most `max_open` at a time.
 
     `identities` are the files as they were when the index was made: a file that is no longer the
-    same is refused with a ReadFault, so that a read never mixes two versions. Thread-safe.
+    same when it is opened is refused with a ReadFault, so that two versions are never mixed. A
+    file deleted or replaced while it is open is read on as it was; one truncated in place is a
+    ReadFault; one *rewritten* in place is noticed when it is next opened. Thread-safe.
     """
 
     def __init__(self, identities: Mapping[str, FileIdentity], max_open: int = 512) -> None:
@@ -65,18 +68,21 @@ class Storage:
         self._locator = Locator()
         self._placed: dict[Span, Placed] = {}
         self._record_starts: dict[tuple[str, int], int] = {}
+        self._closed = False
         self._lock = threading.Lock()
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
+        if offset < 0:  # preadv would take -1 for "where the last read ended"
+            raise ReadFault(f"{path}: there is no byte {offset}")
         with self._open(path) as fd:
             done, want = 0, len(out)
             while done < want:
                 try:
                     count = os.preadv(fd, [out[done:]], offset + done)
-                except OSError as problem:
+                except (OSError, OverflowError) as problem:
                     raise ReadFault(
-                        f"{path}: read of {want} bytes at {offset} failed: {problem.strerror}"
+                        f"{path}: read of {want} bytes at {offset} failed: {problem}"
                     ) from None
                 if count == 0:
                     raise ReadFault(
@@ -94,7 +100,7 @@ class Storage:
     def place(self, chunk: Chunk, dtype: DType) -> Placed:
         """Where the elements of `chunk` lie, found on first use and kept.
 
-        Raises CheckpointError (as ReadFault's cause) when the entry contradicts the index.
+        Raises ReadFault when the entry contradicts the index or cannot be read.
         """
         span = chunk.span
         placed = self._placed.get(span)
@@ -150,28 +156,50 @@ class Storage:
     @contextmanager
     def _open(self, path: str) -> Iterator[int]:
         """A descriptor of `path` that stays open inside the block, shared between threads."""
-        with self._lock:
-            handle = self._handles.get(path)
-            if handle is None:
-                handle = self._handles[path] = _Handle(self._open_checked(path))
-            self._handles.move_to_end(path)
-            handle.users += 1
-            self._close_idle(self._max_open)
+        handle = self._taken(path, None)
+        if handle is None:
+            # Without the lock: a slow file system must not hold up reads of open files.
+            handle = self._taken(path, self._open_checked(path))
+        assert handle is not None
         try:
             yield handle.fd
         finally:
             with self._lock:
                 handle.users -= 1
+                self._close_idle()
+
+    def _taken(self, path: str, fd: int | None) -> _Handle | None:
+        """The handle of `path`, in use from now on; made of `fd` if there is none yet."""
+        with self._lock:
+            handle = self._handles.get(path)
+            if self._closed:
+                if fd is not None:
+                    os.close(fd)
+                raise ReadFault(f"{path}: the checkpoint has been closed")
+            if handle is None:
+                if fd is None:
+                    return None
+                handle = self._handles[path] = _Handle(fd)
+            elif fd is not None:
+                os.close(fd)  # another thread was faster
+            self._handles.move_to_end(path)
+            handle.users += 1
+            self._close_idle()
+            return handle
 
     def _open_checked(self, path: str) -> int:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as problem:
+            # O_NONBLOCK: a FIFO put in the place of a shard must not wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (OSError, ValueError) as problem:
             raise ReadFault(
-                f"{path}: {problem.strerror}; it was there when the checkpoint was opened"
+                f"{path} cannot be opened: {problem}; it was there when the checkpoint was opened"
             ) from None
-        expected = self._identities.get(path)
-        found = FileIdentity.of(os.fstat(fd))
+        status = os.fstat(fd)
+        expected, found = self._identities.get(path), FileIdentity.of(status)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise ReadFault(f"{path} is not a regular file any more")
         if expected is not None and found != expected:
             os.close(fd)
             raise ReadFault(
@@ -180,21 +208,21 @@ class Storage:
             )
         return fd
 
-    def _close_idle(self, keep: int) -> None:
-        """Close the handles used longest ago, sparing those in use. Called with the lock held."""
-        if len(self._handles) <= keep:
+    def _close_idle(self) -> None:
+        """Close handles that are too many, those used longest ago first and none that is in use.
+        Called with the lock held."""
+        excess = len(self._handles) - (0 if self._closed else self._max_open)
+        if excess <= 0:
             return
-        for path, handle in list(self._handles.items()):
-            if handle.users == 0:
-                os.close(handle.fd)
-                del self._handles[path]
-                if len(self._handles) <= keep:
-                    return
+        idle = (path for path, handle in self._handles.items() if handle.users == 0)
+        for path in list(islice(idle, excess)):
+            os.close(self._handles.pop(path).fd)
 
     def close(self) -> None:
-        """Close every file; reads in progress finish first only if their threads have ended."""
+        """Close every file, those of reads in progress when they end; later reads are refused."""
         with self._lock:
-            self._close_idle(0)
+            self._closed = True
+            self._close_idle()
 
 
 def regular_file(path: str) -> tuple[FileIdentity | None, str | None]:

@@ -35,6 +35,8 @@ _GUESS = 2048
 MAX_PICKLE = 1 << 30
 MAX_DIRECTORY = 1 << 28
 """Some two million records."""
+MAX_SMALL = 1 << 20
+"""Most bytes of either in an archive of one tensor, which is opened while files are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,19 @@ class Record:
     """Where the next record or the directory begins."""
 
 
-def records(pread: Pread, nbytes: int, what: str) -> Mapping[str, Record]:
+def records(
+    pread: Pread, nbytes: int, what: str, most: int = MAX_DIRECTORY
+) -> Mapping[str, Record]:
     """The members of the archive of `nbytes` bytes, by name ("data.pkl", "data/0").
 
-    Raises CheckpointError where it is not a well-formed archive of stored members.
+    Raises CheckpointError where it is not a well-formed archive of stored members, or has a
+    directory of more than `most` bytes.
     """
     tail_start = max(0, nbytes - _GUESS)
     tail = _read(pread, tail_start, nbytes - tail_start, nbytes, what)
     count, size, start = _find_directory(tail, nbytes, what)
+    if size > most:
+        raise _malformed(what, f"its directory has {size} bytes")
     if start >= tail_start:
         directory = tail[start - tail_start : start - tail_start + size]
     else:
@@ -92,7 +99,7 @@ def _find_directory(tail: bytes, nbytes: int, what: str) -> tuple[int, int, int]
             raise _malformed(what, "its two directory records disagree")
     if any(disks) or here != count or comment:
         raise _malformed(what, "it has several parts or a comment")
-    if start + size != end or count * _CENTRAL.size > size or size > MAX_DIRECTORY:
+    if start + size != end or count * _CENTRAL.size > size:
         raise _malformed(what, "its directory is not where it should be")
     return count, size, start
 
@@ -192,7 +199,7 @@ def load(pread: Pread, nbytes: int, what: str) -> tuple[object, Mapping[str, Rec
     A tensor becomes a StoredView of the record `data/<key>` of its storage; none is read.
     """
     members = records(pread, nbytes, what)
-    return _load(pread, members, nbytes, what), members
+    return _load(pread, members, nbytes, what, MAX_PICKLE), members
 
 
 def load_object(pread: Pread, nbytes: int, what: str) -> object:
@@ -280,8 +287,8 @@ def _pick(tail: bytes, kept: tuple[tuple[int, int], ...]) -> bytes:
 
 
 def _locate(pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
-    members = records(pread, nbytes, what)
-    tensor = _load(pread, members, nbytes, what)
+    members = records(pread, nbytes, what, MAX_SMALL)
+    tensor = _load(pread, members, nbytes, what, MAX_SMALL)
     if not isinstance(tensor, StoredView):
         raise CheckpointError(
             f"{what}: expected a plain tensor, found {describe(tensor)}. "
@@ -309,7 +316,7 @@ def record_of(tensor: StoredView, members: Mapping[str, Record], what: str) -> R
     return record
 
 
-def _load(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str) -> object:
+def _load(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str, most: int) -> object:
     record = members.get("data.pkl")
     if record is None:
         raise _malformed(what, "it has no data.pkl")
@@ -320,7 +327,7 @@ def _load(pread: Pread, members: Mapping[str, Record], nbytes: int, what: str) -
             raise CheckpointError(
                 f"{what} was written in {value!r} byte order; only little is read"
             )
-    return loads(_read_record(pread, record, MAX_PICKLE, nbytes, what), what, storages=True)
+    return loads(_read_record(pread, record, most, nbytes, what), what, storages=True)
 
 
 def _read_record(pread: Pread, record: Record, most: int, nbytes: int, what: str) -> bytes:

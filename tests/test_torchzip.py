@@ -451,15 +451,16 @@ def test_any_byte_may_be_wrong(content: bytes) -> None:
     assert accepted
 
 
+def _noting(content: bytes, asked: list[int]) -> Pread:
+    """pread on `content` that notes how much is asked of it."""
+    pread = reading(content)
+    return lambda offset, nbytes: asked.append(nbytes) or pread(offset, nbytes)  # type: ignore[func-returns-value]
+
+
 def test_locating_reads_head_and_tail_only() -> None:
     content = saved(torch.zeros(1 << 20))
     asked: list[int] = []
-
-    def pread(offset: int, nbytes: int) -> bytes:
-        asked.append(nbytes)
-        return reading(content)(offset, nbytes)
-
-    locate_tensor(pread, len(content), "entry")
+    locate_tensor(_noting(content, asked), len(content), "entry")
     assert len(asked) == 2
     assert sum(asked) <= 4096
 
@@ -523,6 +524,17 @@ def test_a_huge_directory_is_not_read() -> None:
     with pytest.raises(CheckpointError, match="directory"):
         records(pread, nbytes, "entry")
     assert sum(asked) <= 4096
+
+
+def test_an_entry_cannot_make_a_read_large() -> None:
+    """One tensor needs few bytes beside its data; a reader must not be made to load more."""
+    many = [Member(b"x/%d" % number, b"") for number in range(20_000)]
+    for parts in (_changed(0, data=b"\0" * (2 << 20)), members() + many):
+        content = archive(parts)
+        asked: list[int] = []
+        with pytest.raises(CheckpointError, match="bytes"):
+            locate_tensor(_noting(content, asked), len(content), "entry")
+        assert sum(asked) <= 8192
 
 
 # --- archives that are alike ----------------------------------------------------------------
