@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from mcorefs.boxes import Box, Shape
+from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
 
 MAX_DIMS = 8
@@ -108,9 +108,15 @@ def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
     box, span = chunk.box, chunk.span
     if not box.within(shape):
         raise _BadTilingError(f"chunk {_show(box)} lies outside of shape {_numbers(shape)}")
-    if span.offset < 0 or span.nbytes < 0:
+    strides = row_major_strides(box.sizes) if span.strides is None else span.strides
+    signed = (span.offset, span.nbytes, span.skip, *strides)
+    if min(signed) < 0 or len(strides) != len(box.sizes):
         raise _BadTilingError(f"chunk {_show(box)} has an impossible place in {span.path}")
-    if span.kind == "raw" and span.nbytes < (need := box.volume * dtype.itemsize):
+    if span.kind == "torch_zip":
+        return  # its archive is looked through when it is first read
+    last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
+    need = span.skip + (last + 1) * dtype.itemsize
+    if need > span.nbytes:
         raise _BadTilingError(
             f"chunk {_show(box)} needs {need} bytes but {span.path} holds {span.nbytes} for it"
         )

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,9 +129,25 @@ def test_impossible_chunks_are_refused() -> None:
         ((0, 0), (10**5000, 10**5000)),
     ]:
         assert "outside" in refusal((4, 3), chunk(offsets, sizes))
-    for span in [Span("f", -1, 24), Span("f", 0, -1), Span("f", -1, 99, "torch_zip")]:
+    for span in [
+        Span("f", -1, 24),
+        Span("f", 0, -1),
+        Span("f", -1, 99, "torch_zip"),
+        Span("f", 0, 99, skip=-2),
+        Span("f", 0, 99, strides=(3,)),
+        Span("f", 0, 99, strides=(3, -1)),
+        Span("f", 0, 99, "zip_record", strides=(-3, 1)),
+    ]:
         assert "impossible place" in refusal((4, 3), chunk((0, 0), (4, 3), span))
-    assert "24 bytes" in refusal((4, 3), chunk((0, 0), (4, 3), Span("f", 0, 23)))
+    for span, need in [
+        (Span("f", 0, 23), 24),
+        (Span("f", 0, 24, skip=1), 25),
+        (Span("f", 0, 29, "zip_record", strides=(4, 1)), 30),
+        (Span("f", 0, 19, "zip_record", skip=2, strides=(0, 4)), 20),
+    ]:
+        assert f"needs {need} bytes" in refusal((4, 3), chunk((0, 0), (4, 3), span))
+        enough = chunk((0, 0), (4, 3), replace(span, nbytes=need))
+        assert stored_tensor("t", BF16, (4, 3), enough)[0] is not None
 
 
 def test_dtype_counts_in_the_size_of_spans() -> None:

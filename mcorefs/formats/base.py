@@ -79,15 +79,16 @@ def training_args(state: object, source: str) -> tuple[Mapping[str, object], str
 def reading(path: str, offset: int = 0) -> Iterator[Pread]:
     """`pread` on the file at `path`, counted from `offset`; it raises where it comes short."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # O_NONBLOCK: a FIFO must not wait for a writer; then reading it fails.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
 
     def pread(start: int, count: int) -> bytes:
         try:
             data = os.pread(fd, count, offset + start)
-        except OSError as problem:
-            raise CheckpointError(f"{path}: {problem.strerror}") from None
+        except (OSError, OverflowError) as problem:
+            raise CheckpointError(f"{path}: {problem}") from None
         if len(data) < count:
             raise CheckpointError(
                 f"{path} is cut short: wanted {count} bytes at {offset + start}, got {len(data)}"
