@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mcorefs.errors import MappingError
+from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.mapping.plan import HfTensor
 
 MAX_HEADER = 100_000_000
@@ -39,7 +39,8 @@ def lay_out(
 ) -> tuple[dict[str, SafetensorsLayout], bytes | None]:
     """(files by name, the index's bytes; None where all fits in one file).
 
-    `tensors` in save_pretrained's order; `shard_size` in bytes, or as "5GB".
+    `tensors` in save_pretrained's order; `shard_size` in bytes, or as "5GB". Raises CheckpointError
+    if it is no size, MappingError if a file would have more tensors than readers accept.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -47,13 +48,16 @@ def lay_out(
     storages: Counter[str] = Counter()
     for tensor in tensors:
         storages[tensor.storage or tensor.name] += tensor.nbytes
-    split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda tensor: storages[tensor.storage or tensor.name],
-        get_storage_id=lambda tensor: tensor.storage or None,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=shard_size,
-    )
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda tensor: storages[tensor.storage or tensor.name],
+            get_storage_id=lambda tensor: tensor.storage or None,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=shard_size,
+        )
+    except (ValueError, OverflowError) as problem:
+        raise CheckpointError(f"--shard-size {shard_size}: {problem}") from None
     files = {
         name: _file([by_name[tensor] for tensor in names])
         for name, names in split.filename_to_tensors.items()
