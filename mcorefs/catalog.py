@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mcorefs.index import StoredTensor
-from mcorefs.views import Cat, Select, Stored, View
+from mcorefs.names import expert_of, unwrapped
+from mcorefs.views import Cat, Flatten, Permute, Select, Stored, Unflatten, View
 
 LAYER_STACKS = ("decoder.layers.",)
 """Prefixes under which a tensor has a leading layer axis when no layer number follows."""
@@ -30,9 +31,6 @@ _ADAPTER = re.compile(
     r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|adapter)\."
 )
 """PEFT's names, as ms-swift saves them, and Megatron-Bridge's (peft/adapter_wrapper.py)."""
-
-_WRAPPERS = re.compile(r"(?:(?:module|model)\.)+(?=(?:embedding|decoder|output_layer|mtp)\.)")
-"""What a training framework wraps around the model (NeMo 2: `module.`, NeMo 1: `model.`)."""
 
 _EXPERTS = ".mlp.experts.experts."
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
@@ -46,12 +44,18 @@ class Catalog:
     problems: tuple[str, ...]
 
 
-def build(stored: Mapping[str, StoredTensor]) -> Catalog:
-    """The canonical tensors that `stored` (fqn -> tensor, in any dialect) amounts to."""
+def build(
+    stored: Mapping[str, StoredTensor], fc1_ranks: Mapping[str, int] | None = None
+) -> Catalog:
+    """The canonical tensors that `stored` (fqn -> tensor, in any dialect) amounts to.
+
+    `fc1_ranks`: fqns whose rows are the gate, then the up rows of each of so many ranks in turn.
+    """
     problems: list[str] = []
     tensors: dict[str, View] = {}
     named = _without_adapters(_unwrapped(stored), problems)
-    for name, view in _joined_halves(_by_expert(_by_layer(named)), problems):
+    layers = _by_layer(named, fc1_ranks or {})
+    for name, view in _joined_halves(_by_expert(layers), problems):
         if name in tensors:
             problems.append(f"{name} is stored twice, in two dialects")
         tensors[name] = view
@@ -62,7 +66,7 @@ def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Stored
     """Names from the root of the model; without what is never a weight."""
     for fqn, tensor in stored.items():
         if not NOT_WEIGHTS.search(fqn):
-            yield _WRAPPERS.sub("", fqn, count=1) if _WRAPPERS.match(fqn) else fqn, tensor
+            yield unwrapped(fqn), tensor
 
 
 def _without_adapters(
@@ -84,25 +88,36 @@ def _without_adapters(
         )
 
 
-def _by_layer(named: Iterator[tuple[str, StoredTensor]]) -> Iterator[tuple[str, View]]:
+def _by_layer(
+    named: Iterator[tuple[str, StoredTensor]], fc1_ranks: Mapping[str, int]
+) -> Iterator[tuple[str, View]]:
     """Layer axis -> one tensor per layer."""
     for fqn, tensor in named:
         prefix = next((p for p in LAYER_STACKS if fqn.startswith(p)), None)
         view: View = Stored(tensor)
         if prefix is None or fqn[len(prefix) :][:1].isdigit() or not tensor.shape:
-            yield fqn, view
+            ranks = fc1_ranks.get(tensor.fqn)
+            yield fqn, view if ranks is None else _gate_above_up(view, ranks)
             continue
         rest = fqn[len(prefix) :]
         for layer in range(tensor.shape[0]):
             yield f"{prefix}{layer}.{rest}", Select(view, 0, layer)
 
 
+def _gate_above_up(view: View, ranks: int) -> View:
+    """All gate rows, then all up rows, of what holds both for one rank after the other."""
+    parts = Unflatten(view, 0, (ranks, 2, view.shape[0] // (2 * ranks)))
+    axes = (1, 0, *range(2, len(parts.shape)))
+    return Flatten(Permute(parts, axes), 0, 3)
+
+
 def _by_expert(tensors: Iterator[tuple[str, View]]) -> Iterator[tuple[str, View]]:
-    """Expert axis -> one tensor per expert; `experts.experts.` -> `experts.{e}.`."""
+    """Expert axis -> one tensor per expert, and every way to name one -> `experts.{e}.`."""
     for name, view in tensors:
         before, experts, rest = name.partition(_EXPERTS)
         if not experts:
-            yield name, view
+            named = expert_of(name)
+            yield name if named is None else "{}.{}.{}".format(*named), view
         elif rest[:1].isdigit() or not view.shape:
             yield f"{before}.mlp.experts.{rest}", view
         else:

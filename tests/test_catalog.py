@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,8 +30,8 @@ def stored(fqn: str, shape: Shape, dtype: str = "F32") -> StoredTensor:
     return tensor
 
 
-def catalog_of(arrays: Mapping[str, Array]) -> Catalog:
-    return build({fqn: stored(fqn, data.shape) for fqn, data in arrays.items()})
+def catalog_of(arrays: Mapping[str, Array], fc1_ranks: Mapping[str, int] | None = None) -> Catalog:
+    return build({fqn: stored(fqn, data.shape) for fqn, data in arrays.items()}, fc1_ranks)
 
 
 def values(view: View, arrays: Mapping[str, Array]) -> Array:
@@ -42,8 +43,12 @@ def values(view: View, arrays: Mapping[str, Array]) -> Array:
     return out
 
 
-def assert_canonical(arrays: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
-    catalog = catalog_of(arrays)
+def assert_canonical(
+    arrays: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    fc1_ranks: Mapping[str, int] | None = None,
+) -> None:
+    catalog = catalog_of(arrays, fc1_ranks)
     assert catalog.problems == ()
     assert set(catalog.tensors) == set(expected)
     for name, data in expected.items():
@@ -102,7 +107,42 @@ def stacked_halves() -> dict[str, Array]:
     }
 
 
-DIALECTS = (stacked, per_layer, singleton, stacked_halves)
+def grouped() -> dict[str, Array]:
+    """A state dict of modules, with TEGroupedMLP; FSDP2 saves it as it is."""
+    found = {"embedding.word_embeddings.weight": EMBEDDING}
+    for i in range(LAYERS):
+        found[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = DENSE[i]
+        for e in range(EXPERTS):
+            found[f"decoder.layers.{i}.mlp.experts.linear_fc1.weight{e}"] = FC1[i, e]
+    return found
+
+
+def grouped_halves() -> dict[str, Array]:
+    """What Megatron-FSDP makes of it."""
+    found = {"embedding.word_embeddings.weight": EMBEDDING}
+    for name, data in grouped().items():
+        if "linear_fc1" in name:
+            found |= {f"{name}_w": data[:ROWS], f"{name}_v": data[ROWS:]}
+    return found
+
+
+def sequential_halves() -> dict[str, Array]:
+    """With SequentialMLP."""
+    return {
+        re.sub(r"linear_fc1\.weight(\d+)", r"local_experts.\1.linear_fc1.weight", name): data
+        for name, data in grouped_halves().items()
+    }
+
+
+DIALECTS = (
+    stacked,
+    per_layer,
+    singleton,
+    stacked_halves,
+    grouped,
+    grouped_halves,
+    sequential_halves,
+)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -110,6 +150,29 @@ DIALECTS = (stacked, per_layer, singleton, stacked_halves)
 def test_every_dialect_is_the_same_model(dialect: type[dict[str, Array]], prefix: str) -> None:
     arrays = {prefix + fqn: data for fqn, data in dialect().items()}
     assert_canonical(arrays, CANONICAL)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("tail", [(COLUMNS,), ()], ids=["weight", "bias"])
+def test_gate_and_up_rows_by_rank_are_put_in_order(ranks: int, tail: Shape) -> None:
+    name, prefix = "decoder.layers.7.mlp.experts.5.linear_fc1.weight", "model.module."
+    gate, up = array(1, ROWS, *tail), array(2, ROWS, *tail)
+    pairs = zip(np.split(gate, ranks), np.split(up, ranks), strict=True)
+    stored_as = np.concatenate([half for pair in pairs for half in pair])
+    fqn = f"{prefix}decoder.layers.7.mlp.experts.linear_fc1.weight5"
+    expected = {name: np.concatenate([gate, up])}
+    assert_canonical({fqn: stored_as}, expected, {fqn: ranks})
+
+
+def test_numbers_that_are_none_are_left_alone() -> None:
+    names = (
+        "decoder.layers.0.mlp.experts.linear_fc1.weight" + "7" * 5000,
+        "decoder.layers.0.mlp.experts.linear_fc1.weight_w7",
+        "decoder.layers.0.mlp.experts.linear_fc1.weight7_x",
+        "decoder.layers.0.mlp.experts.local_experts.x.linear_fc1.weight",
+    )
+    arrays = {name: array(0, 2) for name in names}
+    assert_canonical(arrays, arrays)
 
 
 def test_dialects_may_be_mixed_in_one_checkpoint() -> None:

@@ -16,28 +16,25 @@ import re
 from collections.abc import Mapping
 
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
+from mcorefs.names import Expert, expert_of
 
-Expert = tuple[str, int, str]
-"""(module that holds the experts, number on this rank, parameter): ("decoder.layers.0.mlp.experts",
-3, "linear_fc1.weight")."""
-
-_SEQUENTIAL = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(.+)$")
-_GROUPED = re.compile(r"(.+\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d*)$")
+_STACKED = re.compile(r"(.+\.experts)\.(linear_fc[12]\.(?:weight|bias))$")
 _TRANSPOSED = re.compile(r"(.+\.experts)\.weight([12])$")
 
 
 def experts_of(
     parts: Mapping[str, Part], ep: int, problems: list[str]
 ) -> tuple[dict[str, Part], dict[Expert, Part]]:
-    """(all that is no expert's, all that is an expert's) of what a rank holds, of `ep` ranks."""
+    """(all that is no expert's, all that is an expert's) of what a rank holds, of `ep` ranks.
+
+    Experts have the numbers that they have on the rank.
+    """
     dense: dict[str, Part] = {}
     experts: dict[Expert, Part] = {}
     for name, part in parts.items():
-        if match := _SEQUENTIAL.match(name):
-            experts[match[1], int(match[2]), match[3]] = part
-        elif (match := _GROUPED.match(name)) and match[3]:
-            experts[match[1], int(match[3]), match[2]] = part
-        elif match and part.shape:
+        if (expert := expert_of(name)) is not None:
+            experts[expert] = part
+        elif (match := _STACKED.match(name)) and part.shape:
             for number in range(part.shape[0]):
                 experts[match[1], number, match[2]] = part.select(number)
         elif match := _TRANSPOSED.match(name):

@@ -13,11 +13,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from mcorefs.formats.torch_legacy.experts import Expert, experts_of
+from mcorefs.formats.torch_legacy.experts import experts_of
 from mcorefs.formats.torch_legacy.files import RankFile
 from mcorefs.formats.torch_legacy.ranks import Ranks
 from mcorefs.formats.torch_legacy.tensor_parallel import Part, how_cut, joined
 from mcorefs.index import StoredTensor
+from mcorefs.names import Expert
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
