@@ -2,21 +2,26 @@
 
     .metadata           pickle: fqn -> dtype, shape, chunks; (fqn, offset) -> range of a file
     __R_W.distcp        entries, each a whole `torch.save` archive of one chunk
+    metadata.json       which of megatron-core's backends wrote it; not in all of these formats
 
 Layout facts: pytorch:torch/distributed/checkpoint/{metadata,filesystem}.py.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import reading
+from mcorefs.formats.base import reading, training_args
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import load_object
@@ -29,6 +34,99 @@ from mcorefs.unpickle import (
     describe,
     loads,
 )
+
+BYTES = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
+_OPTIMIZER = re.compile(r"(chained_\d+\.)*optim\w*\.")
+_OBJECTS = ("rng_state", "rerun_state_machine")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a directory holds."""
+
+    tensors: Mapping[str, StoredTensor]
+    """The model's, by fqn."""
+    storage: StorageTable
+    files: Mapping[str, FileIdentity]
+    """Those that hold `tensors`."""
+    skipped: Mapping[str, int]
+    """How many entries of each other kind there are."""
+    sharded_objects: int
+    """How many entries are megatron-core's ShardedObject, which only `torch_dist` writes."""
+
+
+def read_directory(path: Path, also: Collection[str], problems: list[str]) -> Contents:
+    """The weights in the checkpoint directory `path`; whatever is wrong is added to `problems`.
+
+    `also`: fqns of entries that are no weights but whose place is wanted.
+    """
+    metadata = read_metadata(path / ".metadata")
+    weights: dict[str, object] = {}
+    skipped: Counter[str] = Counter()
+    sharded_objects = 0
+    for fqn, entry in entries(metadata):
+        if (kind := _kind(fqn, entry)) == "model":
+            weights[fqn] = entry
+        else:
+            skipped[kind] += 1
+            sharded_objects += "/shard_" in fqn
+    storage = StorageTable(path, metadata, {*weights, *also})
+    tensors: dict[str, StoredTensor] = {}
+    for fqn, entry in weights.items():
+        tensor, problem = read_tensor(fqn, entry, storage)
+        if tensor is not None:
+            tensors[fqn] = tensor
+        problems.extend([problem] if problem else [])
+    files = storage.check_files(problems)
+    if not tensors and not problems:
+        problems.append(_no_weights(skipped))
+    return Contents(tensors, storage, files, dict(skipped), sharded_objects)
+
+
+def _no_weights(skipped: Mapping[str, int]) -> str:
+    held = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no"
+    return (
+        f"it holds no model weights ({held} entries). If the run saved Hugging Face safetensors "
+        "beside it (ms-swift save_safetensors with no_save_optim), use those; if it holds only an "
+        "optimizer, pass the directory of the model"
+    )
+
+
+def _kind(fqn: str, entry: object) -> str:
+    """Which kind of entry `fqn` is; only "model" entries are weights."""
+    if _OPTIMIZER.match(fqn):
+        return "optimizer"
+    if "_extra_state" in fqn:
+        return "_extra_state"
+    is_bytes = isinstance(entry, Inert) and entry.name == BYTES
+    if "/shard_" in fqn or is_bytes or fqn.startswith(_OBJECTS):
+        return "object"
+    return "model"
+
+
+def sharded_backend(path: Path) -> str | None:
+    """The backend that `metadata.json` in `path` names: None without such a file, "" where it
+    cannot be read (Megatron-LM:megatron/core/dist_checkpointing/core.py)."""
+    file = path / "metadata.json"
+    if not os.path.lexists(file):
+        return None
+    if not is_file(file):
+        return ""
+    try:
+        with file.open("rb") as stream:
+            described = json.loads(stream.read(1 << 16))
+    except (OSError, ValueError, RecursionError):
+        return ""
+    named = described.get("sharded_backend") if isinstance(described, dict) else None
+    return named if isinstance(named, str) else ""
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at `path` that we may know of."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -74,9 +172,19 @@ class StorageTable:
                 if isinstance(fqn, str) and fqn in wanted:
                     self._ranges[fqn, _shape(offset)] = info
 
-    def holds(self, fqn: str, offset: Shape | None) -> bool:
-        """Whether a file range is given for the entry of `fqn` at `offset`."""
-        return (fqn, offset) in self._ranges
+    def bytes_entry(self, fqn: str) -> Span | None:
+        """The archive that holds the object `fqn`, if the checkpoint has it.
+
+        Raises CheckpointError if its place is not known or not possible.
+        """
+        places: tuple[Shape | None, ...] = (None, (0,))
+        held = [place for place in places if (fqn, place) in self._ranges]
+        if not held:
+            return None
+        span = self.span(fqn, held[0])
+        if isinstance(span, str):
+            raise CheckpointError(f"{fqn}: {span}")
+        return span
 
     def span(self, fqn: str, offset: Shape | None) -> Span | str:
         """The archive that holds the chunk of `fqn` at `offset`, or what is wrong with it."""
@@ -164,6 +272,29 @@ def read_tensor(
         more = f" (and {len(faults) - 1} more of its chunks)" if len(faults) > 1 else ""
         return None, f"{fqn}: {faults[0]}{more}"
     return stored_tensor(fqn, dtype, shape, tuple(chunks))
+
+
+def read_args(
+    state_of: Callable[[], tuple[object, str]], problems: list[str]
+) -> tuple[Mapping[str, object], str]:
+    """The training args as plain values, and where they were found.
+
+    `state_of` answers (the state that holds them, where it is), or (None, why there is none).
+    """
+    try:
+        state, source = state_of()
+        return ({}, source) if state is None else training_args(state, source)
+    except CheckpointError as problem:
+        problems.append(str(problem))
+        return {}, "the training args cannot be read"
+
+
+def common_file(path: Path) -> tuple[object, str] | None:
+    """What `common.pt` in `path` holds, and its name; None without such a file."""
+    common = path / "common.pt"
+    if not os.path.lexists(common):
+        return None
+    return load_range(str(common), 0, common.lstat().st_size), str(common)
 
 
 def load_range(path: str, offset: int, nbytes: int) -> object:

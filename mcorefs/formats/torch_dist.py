@@ -12,26 +12,21 @@ strategies/torch.py; pytorch:torch/distributed/checkpoint/{metadata,filesystem}.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
-from mcorefs.boxes import Shape
-from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import Checkpoint, refusal, training_args
-from mcorefs.formats.dcp import StorageTable, entries, load_range, read_metadata, read_tensor
-from mcorefs.index import StoredTensor
-from mcorefs.unpickle import Inert
+from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.dcp import (
+    StorageTable,
+    common_file,
+    is_file,
+    load_range,
+    read_args,
+    read_directory,
+    sharded_backend,
+)
 
 COMMON_STATE = "common_state/shard_0_1"
 """ShardedObject("common_state", shape (1,), offset (0,)).unique_key, since megatron-core 0.19."""
-
-BYTES = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
-
-_OPTIMIZER = re.compile(r"(chained_\d+\.)*optim\w*\.")
 
 
 class TorchDist:
@@ -40,88 +35,27 @@ class TorchDist:
     name = "torch_dist"
 
     def detect(self, path: Path) -> bool:
-        try:
-            if not ((path / "metadata.json").is_file() and (path / ".metadata").is_file()):
-                return False
-            with (path / "metadata.json").open("rb") as file:
-                described = json.loads(file.read(1 << 16))
-        except (OSError, ValueError, RecursionError):
-            return False
-        return isinstance(described, dict) and described.get("sharded_backend") == self.name
+        return is_file(path / ".metadata") and sharded_backend(path) == self.name
 
     def index(self, path: Path) -> Checkpoint:
-        metadata = read_metadata(path / ".metadata")
-        weights: dict[str, object] = {}
-        skipped: Counter[str] = Counter()
-        for fqn, entry in entries(metadata):
-            if (kind := _kind(fqn, entry)) == "model":
-                weights[fqn] = entry
-            else:
-                skipped[kind] += 1
-        storage = StorageTable(path, metadata, {*weights, COMMON_STATE})
         problems: list[str] = []
-        tensors: dict[str, StoredTensor] = {}
-        for fqn, entry in weights.items():
-            tensor, problem = read_tensor(fqn, entry, storage)
-            if tensor is not None:
-                tensors[fqn] = tensor
-            problems.extend([problem] if problem else [])
-        files = storage.check_files(problems)
-        args, source = _args(path, storage, problems)
+        contents = read_directory(path, (COMMON_STATE,), problems)
+        args, source = read_args(lambda: _common_state(path, contents.storage), problems)
         if problems:
             raise refusal(path, problems)
-        if not tensors:
-            raise CheckpointError(_no_weights(path, skipped))
-        return Checkpoint(self.name, path, tensors, args, source, files, dict(skipped))
-
-
-def _kind(fqn: str, entry: object) -> str:
-    """Which kind of entry `fqn` is; only "model" entries are weights."""
-    if _OPTIMIZER.match(fqn):
-        return "optimizer"
-    if "_extra_state" in fqn:
-        return "_extra_state"
-    is_bytes = isinstance(entry, Inert) and entry.name == BYTES
-    if "/shard_" in fqn or is_bytes or fqn.startswith("rng_state"):
-        return "object"
-    return "model"
-
-
-def _args(
-    path: Path, storage: StorageTable, problems: list[str]
-) -> tuple[Mapping[str, object], str]:
-    """The training args as plain values, and where they were found."""
-    try:
-        state, source = _common_state(path, storage)
-        return ({}, source) if state is None else training_args(state, source)
-    except CheckpointError as problem:
-        problems.append(str(problem))
-        return {}, "the training args cannot be read"
+        return Checkpoint(
+            self.name, path, contents.tensors, args, source, contents.files, contents.skipped
+        )
 
 
 def _common_state(path: Path, storage: StorageTable) -> tuple[object, str]:
     """(the state that all ranks share, where it is), or (None, why there is none)."""
-    common = path / "common.pt"
-    if os.path.lexists(common):
-        nbytes = common.lstat().st_size
-        return load_range(str(common), 0, nbytes), str(common)
-    places: tuple[Shape | None, ...] = (None, (0,))
-    held = [place for place in places if storage.holds(COMMON_STATE, place)]
-    if not held:
+    if (found := common_file(path)) is not None:
+        return found
+    span = storage.bytes_entry(COMMON_STATE)
+    if span is None:
         return None, f"{path} has neither common.pt nor a {COMMON_STATE} entry"
-    span = storage.span(COMMON_STATE, held[0])
-    if isinstance(span, str):
-        raise CheckpointError(f"{COMMON_STATE}: {span}")
     state = load_range(span.path, span.offset, span.nbytes)
     if isinstance(state, list) and state:
         state = state[0]
     return state, f"{COMMON_STATE} in {span.path}"
-
-
-def _no_weights(path: Path, skipped: Mapping[str, int]) -> str:
-    held = ", ".join(f"{count} {kind}" for kind, count in skipped.items()) or "no"
-    return (
-        f"{path} holds no model weights ({held} entries). If the run saved Hugging Face "
-        "safetensors beside it (ms-swift save_safetensors with no_save_optim), use those; "
-        "if it holds only an optimizer, pass the directory of the model."
-    )
