@@ -97,6 +97,7 @@ def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
     sizes = {short: checkpoint.args.get(name) for short, name in PARALLEL.items()}
     return replace(
         found,
+        format=checkpoint.format,
         parallel={short: size for short, size in sizes.items() if isinstance(size, int)},
         args_source=checkpoint.args_source,
         shard_files=len(checkpoint.files),

@@ -238,18 +238,13 @@ def _why_incomplete(path: Path) -> str:
             "it has mp_rank_* directories but none holds model_optim_rng.pt: it was not copied or "
             "saved completely"
         )
-    described, index = _is_file(path / "metadata.json"), _is_file(path / ".metadata")
+    described = _is_file(path / "metadata.json")
     if described and any(path.glob("*/.zarray")):
         return "it is in the zarr format, which is not supported yet"
-    if described and index:
-        return "its metadata.json does not say that it is in the torch_dist format"
+    if described and _is_file(path / ".metadata"):
+        return "its metadata.json names no format that mcorefs reads (torch_dist, fsdp_dtensor)"
     if described:
         return "it has metadata.json but no .metadata: it was not copied or saved completely"
-    if index:
-        return (
-            "it has .metadata but no metadata.json: either the save was interrupted, or it is in "
-            "the torch_dcp/fsdp_dtensor format, which is not supported yet"
-        )
     if any(path.glob("*.distcp")):
         return "it has shard files but no .metadata: the save was interrupted or still goes on"
     if _is_file(path / "common.pt"):

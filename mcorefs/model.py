@@ -71,13 +71,19 @@ def load(path: Path, options: Options) -> Model:
     checkpoint = location.format.index(location.path)
     beside = companions(location, checkpoint)
     reference = _reference(options, beside)
-    canonical = catalog.build(checkpoint.tensors)
+    canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)
     refused = f"{location.path} cannot be presented as a Hugging Face model:"
     if not canonical.tensors:
         raise MappingError(refused, canonical.problems)
     choice = choose(canonical.tensors, options.family, reference, beside.model_type)
     facts, said, problems = gather(canonical.tensors, beside.args, reference, options.vocab_size)
     remarks = [*location.remarks, *beside.remarks, *said]
+    trained_in = facts.args.get("params_dtype")
+    if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
+        remarks.append(
+            f"the run computed in {trained_in} but saved the float32 weights that its optimizer "
+            f"keeps, which are served as they are (--dtype {trained_in} rounds them)"
+        )
     tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
     problems += [*canonical.problems, *faults]
     tokenizer = find(

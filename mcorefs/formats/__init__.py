@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from mcorefs.formats.base import Checkpoint, Format
+from mcorefs.formats.fsdp_dtensor import FsdpDtensor
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.formats.torch_legacy import TorchLegacy
 
-FORMATS: tuple[Format, ...] = (TorchDist(), TorchLegacy())
+FORMATS: tuple[Format, ...] = (TorchDist(), TorchLegacy(), FsdpDtensor())
 
 __all__ = ["FORMATS", "Checkpoint", "Format", "detect"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,9 @@ class Checkpoint:
     """The shard files that hold `tensors`, as they were when the index was made."""
     skipped: Mapping[str, int]
     """How many entries of each kind were left aside, e.g. {"optimizer": 1200}."""
+    fc1_ranks: Mapping[str, int] = field(default_factory=dict)
+    """Fqns of those linear_fc1 whose rows are the gate, then the up rows of each of so many
+    tensor-parallel ranks in turn; all others have all gate rows first, or are not gated."""
 
 
 class Format(Protocol):

@@ -39,7 +39,7 @@ def save_model(spec: Spec, directory: Path) -> None:
 
 def build_model(spec: Spec) -> PreTrainedModel:
     """A model whose every tensor is random and unlike every other, norms included."""
-    dtype = TORCH_DTYPES[spec.dtype]
+    dtype = TORCH_DTYPES[spec.oracle_dtype]
     model_class = Qwen3MoeForCausalLM if spec.is_moe else Qwen3ForCausalLM
     with torch.device("meta"):
         model: PreTrainedModel = model_class(_config(spec)).to(dtype)
@@ -70,7 +70,7 @@ def _config(spec: Spec) -> Qwen3Config | Qwen3MoeConfig:
         "rms_norm_eps": spec.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(spec.rope_theta)},
         "tie_word_embeddings": spec.tied,
-        "dtype": TORCH_DTYPES[spec.dtype],
+        "dtype": TORCH_DTYPES[spec.oracle_dtype],
         "bos_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
         "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
     }

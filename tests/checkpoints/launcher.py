@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from . import hf, megatron_writer
+from . import hf, megatron_writer, stand_ins
 from .spec import Spec
 
 PR_SET_PDEATHSIG = 1
@@ -32,7 +32,7 @@ Task = Callable[[], None]
 
 def main() -> None:
     warnings.filterwarnings("ignore")
-    megatron_writer.prepare()
+    stand_ins.prepare()
     for job in json.load(sys.stdin):
         spec, directory = Spec.from_json(job["spec"]), Path(job["directory"])
         started = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import random
 import re
 from argparse import Namespace
@@ -17,7 +16,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
@@ -28,48 +26,16 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
 from torch.nn.functional import silu
-from torch.overrides import TorchFunctionMode
 
-from . import torch_writer
+from . import fsdp_writer, torch_writer
 from .hf import TORCH_DTYPES
 from .saved_args import saved_args
 from .spec import Spec
+from .stand_ins import CudaMeansCpu
 from .weights import HFTensors, Rank, local_tensor
 
 StateDict = dict[str, Any]
-
-
-def prepare() -> None:
-    """Stand in for what megatron-core asks of CUDA on paths that need no GPU; call once, first."""
-
-    def nothing(*_: object, **__: object) -> None:
-        return None
-
-    def parameter_type(parameter: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kind = Tensor.type(parameter, *args, **kwargs)
-        return kind.replace("torch.", "torch.cuda.") if isinstance(kind, str) else kind
-
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
-    torch.cuda.Stream = nothing  # type: ignore[assignment, misc]
-    torch.cuda.synchronize = nothing
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    # A synchronous save collects its results in this very process: no need for the server process
-    # that would be spawned for the queue, and would import everything again.
-    filesystem_async._results_queue = queue.Queue()
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
-    torch.nn.Parameter.type = parameter_type  # type: ignore[method-assign, assignment]
-
-
-class _CudaMeansCpu(TorchFunctionMode):
-    """Makes `torch.tensor(..., device="cuda")` and its like build CPU tensors."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        return func(*args, **kwargs)
 
 
 def write_rank(
@@ -97,6 +63,10 @@ def write_rank(
         optimizer = _optimizer(spec, models) if spec.optimizer_entries else None
         torch_writer.save_rank(spec, models, args, optimizer, _rng_states(), root)
         torch.distributed.barrier()
+    elif spec.format == "fsdp_dtensor":
+        fsdp_writer.save_fsdp_dtensor(spec, models[0], hf, args, _rng_states(), directory)
+    elif spec.format == "torch_dcp":
+        fsdp_writer.save_torch_dcp(spec, models[0], args, _rng_states(), directory)
     else:
         _save(spec, models, args, directory)
     if rank == 0:
@@ -173,7 +143,7 @@ def _config(spec: Spec) -> TransformerConfig:
         bf16=spec.dtype == "bf16",
         fp16=spec.dtype == "fp16",
         use_cpu_initialization=True,
-        perform_initialization=False,
+        perform_initialization=spec.format == "fsdp_dtensor",  # it notes how parameters are cut
         **moe,
     )
 
@@ -226,6 +196,8 @@ def load(spec: Spec, models: list[GPTModel], hf: Path) -> None:
         for model in models:
             for name, parameter in _globally_named(model):
                 value = local_tensor(spec, rank, tensors, name)
+                if spec.main_weights:
+                    value = value.to(parameter.dtype)
                 if value.shape != parameter.shape or value.dtype != parameter.dtype:
                     raise ValueError(
                         f"{name}: megatron has {parameter.dtype} {tuple(parameter.shape)}, "
@@ -337,7 +309,7 @@ def _optimizer(spec: Spec, models: list[GPTModel]) -> Any:
     if spec.dtype == "fp32":
         wrapper = FP32Optimizer(adam, config, init_state)
     else:
-        with _CudaMeansCpu():
+        with CudaMeansCpu():
             wrapper = Float16OptimizerWithFloat16Params(adam, config, None, init_state)
     for group in adam.param_groups:
         for parameter in group["params"]:

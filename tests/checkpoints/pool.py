@@ -22,9 +22,11 @@ from pathlib import Path
 from .spec import SPECS, Spec
 
 GENERATOR_FILES = (
+    "fsdp_writer.py",
     "hf.py",
     "megatron_writer.py",
     "saved_args.py",
+    "stand_ins.py",
     "torch_writer.py",
     "weights.py",
 )

@@ -17,7 +17,7 @@ Common = Literal["common.pt", "common_state", "no_args"]
 """Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
 or a file without `args` (Megatron-Bridge, verl)."""
 
-Format = Literal["torch_dist", "torch"]
+Format = Literal["torch_dist", "torch", "fsdp_dtensor", "torch_dcp"]
 Names = Literal["local", "te", "grouped_mlp"]
 """Whose parameter names a format that keeps them holds: megatron's own modules, those of
 TransformerEngine, or those with megatron's GroupedMLP for the experts."""
@@ -69,7 +69,7 @@ class Spec:
     # The save.
     format: Format = "torch_dist"
     names: Names = "local"
-    """Only in format "torch": torch_dist has one set of names for all."""
+    """Not in format "torch_dist", which has one set of names for all."""
     flat_buffers: bool = False
     """Parameters are views of a few big buffers, as DistributedDataParallel makes them."""
     per_layer_keys: bool = False
@@ -81,6 +81,11 @@ class Spec:
     local_norm_keys: bool = False
     """MoE norm saved as `mlp.linear_fc1.layer_norm_weight`, as megatron's local layer spec does;
     otherwise `pre_mlp_layernorm.weight`, as every TransformerEngine (GPU) run does."""
+    main_weights: bool = False
+    """The oracle is the fp32 weights that the optimizer keeps: the model has their roundings."""
+    split_halves: bool = True
+    """Format "fsdp_dtensor": the gate and up rows of linear_fc1 in entries of their own, as a run
+    with --swiglu saves them. Other runs with a gated MLP (--quick-geglu) save it in one."""
     common: Common = "common.pt"
     iteration: int | Literal["release"] = 100
 
@@ -112,6 +117,16 @@ class Spec:
     @property
     def is_moe(self) -> bool:
         return self.family == "qwen3_moe"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every weight is saved: in torch_dcp all tensor-parallel ranks use the same
+        names, so only the part of one of them is kept."""
+        return not (self.format == "torch_dcp" and self.tp > 1)
+
+    @property
+    def oracle_dtype(self) -> DTypeName:
+        return "fp32" if self.main_weights else self.dtype
 
     @property
     def padded_vocab_size(self) -> int:
@@ -158,6 +173,10 @@ _DENSE = Spec()
 _MOE = Spec(family="qwen3_moe", vocab_size=301)
 _TORCH = _DENSE.but(format="torch")
 _TORCH_MOE = _MOE.but(format="torch")
+_FSDP = _DENSE.but(format="fsdp_dtensor", main_weights=True)
+_FSDP_MOE = _MOE.but(format="fsdp_dtensor", main_weights=True)
+_DCP = _DENSE.but(format="torch_dcp")
+_DCP_MOE = _MOE.but(format="torch_dcp")
 
 SPECS: dict[str, Spec] = {
     # Dense models.
@@ -238,4 +257,22 @@ SPECS: dict[str, Spec] = {
     "torch-qwen3_moe-grouped-mlp": _TORCH_MOE.but(
         tp=2, dp=2, ep=2, names="grouped_mlp", flat_buffers=True, seed=70
     ),
+    # DTensors of Megatron-FSDP and of torch's FSDP2.
+    "fsdp-qwen3-dp2": _FSDP.but(dp=2, names="te", optimizer_entries=True, seed=80),
+    "fsdp-qwen3-tp2-dp2": _FSDP.but(tp=2, dp=2, tied=True, main_weights=False, seed=81),
+    "fsdp-qwen3-tp2-dp2-fused": _FSDP.but(
+        tp=2, dp=2, split_halves=False, common="no_args", seed=82
+    ),
+    "fsdp-qwen3_moe-ep2-dp4": _FSDP_MOE.but(
+        ep=2, dp=4, names="te", optimizer_entries=True, iteration="release", seed=83
+    ),
+    "fsdp-qwen3_moe-tp2-dp2-ep2-etp1": _FSDP_MOE.but(tp=2, dp=2, ep=2, etp=1, seed=84),
+    "fsdp-qwen3_moe-tp2-dp2-ep2-etp2": _FSDP_MOE.but(
+        tp=2, dp=2, ep=2, names="te", moe_layer_freq=(0, 1, 1, 1), main_weights=False, seed=85
+    ),
+    "dcp-qwen3-dp2": _DCP.but(dp=2, names="te", optimizer_entries=True, seed=90),
+    "dcp-qwen3-dp3": _DCP.but(dp=3, iteration="release", seed=91),
+    "dcp-qwen3-tp2-dp2": _DCP.but(tp=2, dp=2, seed=92),
+    "dcp-qwen3_moe-dp2": _DCP_MOE.but(dp=2, fp32_router=False, seed=93),
+    "dcp-qwen3_moe-dp3": _DCP_MOE.but(dp=3, experts=4, names="te", common="no_args", seed=94),
 }

@@ -83,7 +83,7 @@ def _named(spec: Spec, state: StateDict) -> StateDict:
         if match := _EXPERT.match(name):
             experts.setdefault(match[1], {}).setdefault(match[3], []).append(value)
         else:
-            named[_te_name(name, state)] = value
+            named[te_name(name, state)] = value
             if re.search(r"\.linear_(qkv|proj|fc[12])\.weight$", name):
                 named[name.replace(".weight", "._extra_state")] = _extra_state(len(named))
     for module, layers in experts.items():
@@ -98,7 +98,7 @@ def _named(spec: Spec, state: StateDict) -> StateDict:
     return named
 
 
-def _te_name(name: str, state: StateDict) -> str:
+def te_name(name: str, state: StateDict) -> str:
     """Norms are part of the linear layer behind them; a router is in the way of that."""
     layer, _, rest = name.rpartition("input_layernorm.")
     if layer:
