@@ -70,7 +70,8 @@ def elements(data: bytes, start: int, view: StoredView) -> bytes:
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    flat = tensor.detach().flatten().clone(memory_format=torch.contiguous_format)
+    return bytes(flat.view(torch.uint8).numpy())
 
 
 @settings(deadline=None)
