@@ -236,3 +236,14 @@ def regular_file(path: str) -> tuple[FileIdentity | None, str | None]:
     if not stat.S_ISREG(status.st_mode):
         return None, "is not a regular file"
     return FileIdentity.of(status), None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether `name` is that of a file in a directory: no path, and one the system can take."""
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True

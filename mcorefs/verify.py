@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError, ReadFault
-from mcorefs.layout import INDEX
+from mcorefs.formats.base import refusal
+from mcorefs.formats.huggingface import Weights, read_weights
+from mcorefs.index import StoredTensor
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.reader import Reader
 
@@ -48,17 +48,6 @@ class Verdict:
     """Keys of config.json that both state, differently: they decide nothing here."""
 
 
-@dataclass(frozen=True)
-class _Real:
-    """A tensor in a real safetensors file."""
-
-    path: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: Shape
-
-
 def verify(
     tensors: Sequence[HfTensor],
     config: Mapping[str, object],
@@ -71,11 +60,14 @@ def verify(
     Raises CheckpointError if the directory holds no valid safetensors files, ReadFault if a shard
     cannot be read. In memory are a few pieces of PIECE bytes.
     """
-    real = _real_tensors(directory)
+    weights = _real_weights(directory)
+    real, unknown = weights.tensors, weights.unknown
     ours = {tensor.name: tensor for tensor in tensors}
+    there = {*real, *unknown}
     differences = [
-        *(Difference(name, f"is not in {directory}") for name in ours if name not in real),
-        *(Difference(name, "is not in the checkpoint") for name in real if name not in ours),
+        *(Difference(name, f"is not in {directory}") for name in ours if name not in there),
+        *(Difference(name, f"is {unknown[name]} there") for name in ours if name in unknown),
+        *(Difference(name, "is not in the checkpoint") for name in there if name not in ours),
     ]
     both = []
     for name in (name for name in ours if name in real):
@@ -98,27 +90,32 @@ def verify(
     )
 
 
-def _described(ours: HfTensor, real: _Real) -> str | None:
+def _described(ours: HfTensor, real: StoredTensor) -> str | None:
     if ours.shape != real.shape:
         return f"has shape {list(ours.shape)} in the checkpoint, {list(real.shape)} there"
-    if ours.dtype.name != real.dtype:
-        return f"is {ours.dtype.name} in the checkpoint, {real.dtype} there (--dtype casts)"
+    if ours.dtype != real.dtype:
+        return f"is {ours.dtype.name} in the checkpoint, {real.dtype.name} there (--dtype casts)"
     return None
 
 
-def _compare(ours: HfTensor, real: _Real, reader: Reader, on_progress: OnProgress) -> str | None:
+def _compare(
+    ours: HfTensor, real: StoredTensor, reader: Reader, on_progress: OnProgress
+) -> str | None:
     """How many elements differ, and where the first of them is; None if all are equal."""
+    if not real.chunks:
+        return None  # no elements
+    span = real.chunks[0].span
     differing, first = 0, -1
     size = ours.dtype.itemsize
     step = PIECE // size * size
-    with real.path.open("rb", buffering=0) as file:
+    with open(span.path, "rb", buffering=0) as file:
         for start in range(0, ours.nbytes, step):
             count = min(step, ours.nbytes - start)
             have, want = bytearray(count), bytearray(count)
             reader.read_tensor(ours.view, start, memoryview(have))
-            file.seek(real.offset + start)
+            file.seek(span.offset + start)
             if file.readinto(want) != count:
-                raise ReadFault(f"{real.path} ends before tensor {ours.name} does")
+                raise ReadFault(f"{span.path} ends before tensor {ours.name} does")
             on_progress(count)
             if have == want:
                 continue
@@ -136,59 +133,16 @@ def _elements(data: bytearray, dtype: DType) -> np.ndarray[tuple[int, ...], np.d
     return np.frombuffer(data, dtype.carrier)
 
 
-def _real_tensors(directory: Path) -> dict[str, _Real]:
-    found: dict[str, _Real] = {}
-    for path in _files(directory):
-        for tensor_name, tensor in _header(path):
-            if tensor_name in found:
-                raise CheckpointError(
-                    f"{tensor_name} is both in {found[tensor_name].path} and in {path}"
-                )
-            found[tensor_name] = tensor
-    return found
-
-
-def _files(directory: Path) -> list[Path]:
-    """The model's safetensors files: those of the index, else all there are."""
-    try:
-        index = json.loads((directory / INDEX).read_bytes())
-        named = sorted({str(name) for name in index["weight_map"].values()})
-    except FileNotFoundError:
-        paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise CheckpointError(
-                f"{directory} holds no *.safetensors file: pass a Hugging Face model directory"
-            ) from None
-        return paths
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise CheckpointError(f"{directory / INDEX} cannot be read: {problem!r}") from None
-    for name in named:
-        if "/" in name or name in ("", ".", "..") or "\0" in name:
-            raise CheckpointError(f"{directory / INDEX} names a file {name!r}: not a plain name")
-    return [directory / name for name in named]
-
-
-def _header(path: Path) -> Iterator[tuple[str, _Real]]:
-    """The tensors of a file whose header the safetensors library accepts."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np"):  # reads and validates the header, no data
-            pass
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError, ValueError) as problem:
-        raise CheckpointError(f"{path} is not a valid safetensors file: {problem}") from None
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            start, end = tensor["data_offsets"]
-            yield (
-                name,
-                _Real(
-                    path, 8 + length + start, end - start, tensor["dtype"], tuple(tensor["shape"])
-                ),
-            )
+def _real_weights(directory: Path) -> Weights:
+    problems: list[str] = []
+    weights = read_weights(directory, problems, Path.resolve)
+    if problems:
+        raise refusal(directory, problems)
+    if not weights.files:
+        raise CheckpointError(
+            f"{directory} holds no *.safetensors file: pass a Hugging Face model directory"
+        )
+    return weights
 
 
 def _config_differences(config: Mapping[str, object], directory: Path) -> Iterator[Difference]:

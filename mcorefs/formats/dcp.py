@@ -23,7 +23,7 @@ from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import reading, training_args
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
-from mcorefs.storage import FileIdentity, regular_file
+from mcorefs.storage import FileIdentity, is_file_name, regular_file
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
     Attributes,
@@ -201,7 +201,7 @@ class StorageTable:
         if start < 0 or nbytes <= 0:
             return f"its place on disk is impossible (offset {start}, length {nbytes})"
         if name not in self._paths:
-            if not _is_child_name(name):
+            if not is_file_name(name):
                 return f"its file name {name!r:.80} is not that of a file in the checkpoint"
             self._paths[name] = str(self.root / name)
         path = self._paths[name]
@@ -223,17 +223,6 @@ class StorageTable:
             else:
                 files[path] = identity
         return files
-
-
-def _is_child_name(name: str) -> bool:
-    """Whether `name` is that of a file in a directory: no path, and one the system can take."""
-    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
-        return False
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_tensor(
