@@ -71,7 +71,7 @@ def inspect(path: Path, options: Options) -> Inspection:
 
     Raises CheckpointError where there is none to describe (wrong level, empty, not a checkpoint).
     """
-    location = locate(path, options.iteration)
+    location = locate(path, options.iteration, options.format)
     found = Inspection(
         str(location.path),
         location.format.name,

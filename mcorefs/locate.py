@@ -1,21 +1,34 @@
 """From the path a user gives to one complete iteration: every level people point at is recognised.
 
-Layout facts: Megatron-LM:megatron/training/checkpointing.py get_checkpoint_name, read_metadata.
+Layout facts: Megatron-LM:megatron/training/checkpointing.py get_checkpoint_name, read_metadata;
+what verl puts below an iteration is in `steps`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mcorefs import steps
 from mcorefs.errors import CheckpointError
-from mcorefs.formats import Format, detect
+from mcorefs.explain import (
+    LOCAL,
+    LOCAL_REFUSED,
+    NOTHING,
+    TRACKER,
+    children,
+    explain,
+    is_file,
+    readable_children,
+    why_incomplete,
+)
+from mcorefs.formats import HUGGINGFACE, NAMES, Format, detect, matching
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_ITERATION = re.compile(r"iter_([0-9]{7,})")
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+__all__ = ["TRACKER", "Location", "locate"]
+
+_ITERATION = re.compile(rf"iter_([0-9]{{7,}})|{steps.STEP.pattern}")
 
 
 @dataclass(frozen=True)
@@ -25,35 +38,72 @@ class Location:
     root: Path
     """The directory that holds the iterations (and the tracker file)."""
     path: Path
-    """The iteration's own directory."""
+    """The directory that holds the iteration's weights; usually its own."""
     iteration: int | None
     """None for `release`."""
     format: Format
     complete: Sequence[str] = ()
-    """Names of all iterations under `root` that can be opened."""
+    """Names of all iterations under `root` that were published and can be opened."""
     incomplete: Sequence[str] = ()
-    """Names of iterations that are still being written or were never finished."""
+    """Names of iterations that are still being written, were never finished, or are newer than
+    what the tracker file names: never chosen, opened only where asked for by number and whole."""
     remarks: Sequence[str] = ()
+    huggingface: Path | None = None
+    """A Hugging Face directory with weights that the trainer saved with this iteration."""
 
 
-def locate(path: Path, iteration: int | None = None) -> Location:
+@dataclass(frozen=True)
+class _Place:
+    """Where the weights of one iteration are, and in which format."""
+
+    path: Path
+    format: Format
+    huggingface: Path | None
+    is_finished: bool = True
+
+
+def locate(path: Path, iteration: int | None = None, format_name: str | None = None) -> Location:
     """The iteration to open for `path`: a checkpoint root, one iteration, or a run directory.
 
     Raises CheckpointError that says what was found instead and what to pass.
     """
-    path = _absolute(path)
-    if detect(path) is not None:
-        return _open(path, iteration)
-    _children(path)  # says why if it cannot be looked at
+    if format_name not in (None, *NAMES):
+        raise CheckpointError(f"--format {format_name}: expected one of {', '.join(NAMES)}")
+    found = _locate(_absolute(path), iteration, format_name)
+    formats = [format_.name for format_ in matching(found.path)]
+    if format_name is None and len(formats) > 1:
+        raise CheckpointError(
+            f"{found.path} holds files of {len(formats)} formats: {', '.join(formats)}; pass "
+            f"--format {formats[0]} (what Megatron-LM would load) or --format {formats[1]}"
+        )
+    return found
+
+
+def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
+    if _place(path, name) is not None:
+        return _open(path, iteration, name)
+    children(path)  # says why if it cannot be looked at
     if _is_root(path):
-        return _open(path, iteration)
-    below = _below(path)
+        return _open(path, iteration, name)
+    if _names_iteration(path.name) and _saved_beside(path.parent, [path.name], name):
+        return _in_root(path.parent, _number(path.name), name)
+    below = _below(path, name)
     if iteration is not None and len(below) > 1:
         holding = [root for root in below if iteration in map(_number, _iterations(root))]
         below = holding if len(holding) == 1 else below
+    if name in (None, HUGGINGFACE.name) and HUGGINGFACE.detect(path):
+        if below and name is None:
+            raise CheckpointError(
+                f"{path} is a Hugging Face model directory with a Megatron checkpoint in it: pass "
+                f"--format {HUGGINGFACE.name}, or {below[0]}"
+            )
+        return _one(path, _Place(path, HUGGINGFACE, path), iteration)
+    if not below and name is None:
+        name = HUGGINGFACE.name
+        below = _below(path, name)
     if len(below) != 1:
-        raise CheckpointError(_explain(path, below))
-    found = _open(below[0], iteration)
+        raise CheckpointError(explain(path, below))
+    found = _open(below[0], iteration, name)
     remark = f"{path} is a run directory; the checkpoint in it is {below[0]}"
     return replace(found, remarks=(remark, *found.remarks))
 
@@ -68,7 +118,9 @@ def _absolute(path: Path) -> Path:
             raise CheckpointError(f"{path} does not exist")
         if not path.is_dir():
             above = path.parent
-            is_checkpoint = detect(above) is not None or _is_root(above)
+            if LOCAL.fullmatch(path.name):
+                raise CheckpointError(f"{above} {LOCAL_REFUSED}")
+            is_checkpoint = _is_root(above) or _place(above, None) is not None
             what = (
                 f"the directory above it, {above}"
                 if is_checkpoint
@@ -81,117 +133,212 @@ def _absolute(path: Path) -> Path:
         raise CheckpointError(f"{path} cannot be looked at: {problem.strerror}") from None
 
 
-def _open(path: Path, iteration: int | None) -> Location:
+def _place(path: Path, name: str | None) -> _Place | None:
+    """Where the weights of the iteration `path` are: there, or in a directory of verl's.
+
+    Megatron-Bridge can put a Hugging Face copy into `hf`. What the trainer exported is taken only
+    where it is asked for, or where verl saved nothing else.
+    """
+    inside = steps.enclosing(path)
+    role = inside or steps.role_at(path)
+    sharded, copy = (path, path / "hf") if role is None else (role.sharded, role.huggingface)
+    finished = role is None or role.is_finished
+    held = copy if HUGGINGFACE.detect(copy) else None
+    asked = name == HUGGINGFACE.name or (inside is not None and path == copy)
+    if not asked or held is None:
+        if (format_ := detect(sharded, name)) is not None:
+            return _Place(sharded, format_, held, finished)
+        if role is None or name not in (None, HUGGINGFACE.name):
+            return None
+    return None if held is None else _Place(held, HUGGINGFACE, held, finished)
+
+
+def _open(path: Path, iteration: int | None, name: str | None) -> Location:
     """The iteration directory `path`, or one iteration of the root `path`."""
-    format_ = detect(path)
-    if format_ is None:
-        return _in_root(path, iteration)
-    found = Location(path.parent, path, _number(path.name), format_)
-    if iteration not in (None, found.iteration):
+    place = _place(path, name)
+    return _in_root(path, iteration, name) if place is None else _one(path, place, iteration)
+
+
+def _one(path: Path, place: _Place, iteration: int | None) -> Location:
+    """The single iteration that `path` is, or is a part of."""
+    step = steps.above(path)
+    number = _number(path.name if step is None else step.name)
+    root = (path if step is None else step).parent
+    if iteration not in (None, number):
         raise CheckpointError(
             f"{path} is one iteration already; --iteration {iteration} needs the directory above "
-            f"it, {found.root}"
+            f"it, {root}"
         )
-    return found
+    remarks = [] if place.path == path else [f"the weights of {path} are in {place.path}"]
+    remarks += _copies(place.huggingface, place)
+    if not place.is_finished:
+        remarks.append(
+            f"{path} holds no {steps.CONTENTS}, which verl writes last: other parts of this save "
+            "may be missing"
+        )
+    return Location(root, place.path, number, place.format, (), (), remarks, place.huggingface)
 
 
 def _number(name: str) -> int | None:
     match = _ITERATION.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1] or match[2]) if match else None
 
 
 def _names_iteration(name: str) -> bool:
     return name == "release" or _number(name) is not None
 
 
-def _children(path: Path) -> list[Path]:
-    try:
-        return sorted(child for child in path.iterdir() if child.is_dir())
-    except OSError as problem:
-        raise CheckpointError(f"{path} cannot be listed: {problem.strerror}") from None
-
-
-def _readable_children(path: Path) -> list[Path]:
-    """Those of a directory that may be anything: lost+found, another user's, gone meanwhile."""
-    try:
-        return _children(path)
-    except CheckpointError:
-        return []
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def _iterations(root: Path) -> list[str]:
     """Names of the iterations under `root`, complete or not."""
-    names = [child.name for child in _readable_children(root) if _names_iteration(child.name)]
-    if "release" in names and _why_incomplete(root / "release") == NOTHING:
+    names = [child.name for child in readable_children(root) if _names_iteration(child.name)]
+    if "release" in names and why_incomplete(root / "release") == NOTHING:
         names.remove("release")  # a word that other programs use too
     return names
 
 
 def _is_root(path: Path) -> bool:
-    return _is_file(path / TRACKER) or bool(_iterations(path))
+    return is_file(path / TRACKER) or bool(_iterations(path))
 
 
-def _below(path: Path) -> list[Path]:
+def _below(path: Path, name: str | None) -> list[Path]:
     """Checkpoints one and two levels below, roots or single iterations: ms-swift nests
-    vN-TIMESTAMP/checkpoint-N, NeMo weights, verl actor/dist_ckpt."""
+    vN-TIMESTAMP/checkpoint-N, NeMo weights."""
     found: list[Path] = []
-    for child in _readable_children(path):
-        for place in (child, *_readable_children(child)):
-            if _is_root(place) or detect(place) is not None:
+    for child in readable_children(path):
+        for place in (child, *readable_children(child)):
+            if _is_checkpoint(place, name):
                 found.append(place)
                 if place is child:
                     break
     return found
 
 
-def _in_root(root: Path, iteration: int | None) -> Location:
-    formats: dict[str, Format] = {}
+def _is_checkpoint(path: Path, name: str | None) -> bool:
+    if name == HUGGINGFACE.name:
+        return HUGGINGFACE.detect(path)
+    return _is_root(path) or _place(path, name) is not None
+
+
+def _in_root(root: Path, iteration: int | None, name: str | None) -> Location:
+    places: dict[str, _Place] = {}
     incomplete: list[str] = []
-    for name in _iterations(root):
-        if (format_ := detect(root / name)) is not None:
-            formats[name] = format_
-        else:
-            incomplete.append(name)
-    names = sorted(formats, key=lambda name: (_number(name) is None, _number(name) or 0))
-    wanted, remarks = _wanted(root, iteration, names, incomplete)
-    if wanted not in formats:
-        raise CheckpointError(_cannot_open(root, wanted, names, incomplete))
+    newest = _newest_published(root)
+    iterations = _iterations(root)
+    for child in iterations:
+        if (place := _place(root / child, name)) is not None:
+            places[child] = place
+        late = newest is not None and (_number(child) or 0) > newest
+        if place is None or late or not place.is_finished:
+            incomplete.append(child)
+    published = [child for child in places if child not in incomplete]
+    published.sort(key=lambda child: (_number(child) is None, _number(child) or 0))
+    if not places and _saved_beside(root, iterations, name):
+        number = _number(iterations[0]) if iterations else newest
+        if iteration in (None, number):
+            why = _why_beside(root, iterations)
+            return Location(root, root, number, HUGGINGFACE, (), (), [why], root)
+    wanted, remarks = _wanted(root, iteration, places, published, incomplete)
+    if wanted not in places:
+        raise CheckpointError(_cannot_open(root, wanted, places, incomplete))
+    place = places[wanted]
+    if place.path != root / wanted:
+        remarks.append(f"the weights of {wanted} are in {place.path}")
+    remarks += _copies(place.huggingface or root, place)
+    passing = _newest_published(root / "non_persistent")
+    if iteration is None and passing is not None and passing > (newest or 0):
+        remarks.append(
+            f"{root / 'non_persistent'} holds iteration {passing}, saved only for resuming; pass "
+            "that directory to open it"
+        )
     return Location(
-        root, root / wanted, _number(wanted), formats[wanted], names, incomplete, remarks
+        root,
+        place.path,
+        _number(wanted),
+        place.format,
+        published,
+        incomplete,
+        remarks,
+        place.huggingface,
     )
+
+
+def _saved_beside(root: Path, iterations: Sequence[str], name: str | None) -> bool:
+    """Whether the weights of the only iteration lie as Hugging Face safetensors in `root`, by
+    design: ms-swift with save_safetensors and no_save_optim puts only common.pt into the iteration
+    (ms-swift:swift/megatron/trainers/base.py save_checkpoint), into `-merged` not even that."""
+    if name not in (None, HUGGINGFACE.name) or len(iterations) > 1:
+        return False
+    try:
+        held = {entry.name for child in iterations for entry in (root / child).iterdir()}
+    except OSError:
+        return False
+    is_swift = bool(held) or is_file(root / "args.json")
+    return is_swift and held <= {"common.pt"} and HUGGINGFACE.detect(root)
+
+
+def _copies(directory: Path | None, place: _Place) -> list[str]:
+    """What to say of Hugging Face weights in `directory`, beside the sharded ones that are read."""
+    if place.format is HUGGINGFACE or directory is None or not HUGGINGFACE.detect(directory):
+        return []
+    return [
+        f"{directory} holds Hugging Face weights too; --format {HUGGINGFACE.name} serves those as "
+        "they are"
+    ]
+
+
+def _why_beside(root: Path, iterations: Sequence[str]) -> str:
+    what = (
+        f"{root / iterations[0]} holds no weights" if iterations else f"{root} holds no iteration"
+    )
+    return f"{what}; the trainer saved them as Hugging Face safetensors in {root}"
+
+
+def _newest_published(root: Path) -> int | None:
+    """What the tracker file names, where it names a number."""
+    try:
+        return _tracked(root / TRACKER) if is_file(root / TRACKER) else None
+    except CheckpointError:
+        return None
 
 
 def _wanted(
-    root: Path, iteration: int | None, names: list[str], incomplete: list[str]
+    root: Path,
+    iteration: int | None,
+    places: Mapping[str, _Place],
+    published: list[str],
+    incomplete: list[str],
 ) -> tuple[str, list[str]]:
     """Name of the iteration to open, and remarks."""
     if iteration is not None:
-        return _named(iteration, names), []
-    if _is_file(root / TRACKER):
+        wanted = _named(iteration, places, incomplete)
+        late = wanted in incomplete
+        return wanted, [f"{wanted} was not published: {_why_late(root)}"] if late else []
+    if is_file(root / TRACKER):
         number = _tracked(root / TRACKER)
         if number is None:
             return "release", []
-        newer = [name for name in names if (_number(name) or 0) > number]
+        newer = [name for name in places if (_number(name) or 0) > number]
         remark = f"{TRACKER} names iteration {number}; not published: {', '.join(newer)}"
-        return _named(number, names), [remark] if newer else []
-    if len(names) == 1:
-        return names[0], [f"{root} has no {TRACKER}; {names[0]} is its only complete iteration"]
-    if not names:
+        return _named(number, places, incomplete), [remark] if newer else []
+    if len(published) == 1:
+        only = published[0]
+        return only, [f"{root} has no {TRACKER}; {only} is its only complete iteration"]
+    if not published:
         raise CheckpointError(
             f"{root}: none of {', '.join(incomplete)} is complete in a format that mcorefs reads"
-            f" ({_why_incomplete(root / incomplete[-1])})"
+            f" ({why_incomplete(root / incomplete[-1])})"
         )
     raise CheckpointError(
-        f"{root} has no {TRACKER} and several iterations: {', '.join(names)}; pass --iteration N "
-        "or the directory of one"
+        f"{root} has no {TRACKER} and several iterations: {', '.join(published)}; pass "
+        "--iteration N or the directory of one"
     )
+
+
+def _why_late(root: Path) -> str:
+    newest = _newest_published(root)
+    if newest is None:
+        return f"it holds no {steps.CONTENTS}, which is written last"
+    return f"{TRACKER} names iteration {newest}"
 
 
 def _tracked(tracker: Path) -> int | None:
@@ -211,80 +358,20 @@ def _tracked(tracker: Path) -> int | None:
     return int(said)
 
 
-def _named(iteration: int, names: list[str]) -> str:
+def _named(iteration: int, places: Iterable[str], incomplete: Sequence[str]) -> str:
     """The directory's name; seven digits is only the usual width."""
+    names = (*places, *incomplete)
     usual = f"iter_{iteration:07d}"
+    if any(steps.STEP.fullmatch(name) for name in names):
+        usual = f"global_step_{iteration}"
     return next((name for name in names if _number(name) == iteration), usual)
 
 
-def _cannot_open(root: Path, wanted: str, names: list[str], incomplete: list[str]) -> str:
-    have = f"Complete here: {', '.join(names) or 'none'}"
-    if names:
+def _cannot_open(root: Path, wanted: str, names: Iterable[str], incomplete: Sequence[str]) -> str:
+    listed = ", ".join(names)
+    have = f"Complete here: {listed or 'none'}"
+    if listed:
         have += "; pass --iteration N to open one of these"
     if wanted in incomplete:
-        return f"{root / wanted} cannot be opened: {_why_incomplete(root / wanted)}. {have}"
-    number = _number(wanted)
-    if (step := root / f"global_step_{number}").is_dir():
-        return f"{root} is a run of verl; pass the directory of one model, such as {step}/actor"
+        return f"{root / wanted} cannot be opened: {why_incomplete(root / wanted)}. {have}"
     return f"{root} holds no {wanted}. {have}"
-
-
-NOTHING = "it holds no checkpoint files"
-
-
-def _why_incomplete(path: Path) -> str:
-    if any(path.glob("mp_rank_*")):
-        return (
-            "it has mp_rank_* directories but none holds model_optim_rng.pt: it was not copied or "
-            "saved completely"
-        )
-    described = _is_file(path / "metadata.json")
-    if described and any(path.glob("*/.zarray")):
-        return "it is in the zarr format, which is not supported yet"
-    if described and _is_file(path / ".metadata"):
-        return "its metadata.json names no format that mcorefs reads (torch_dist, fsdp_dtensor)"
-    if described:
-        return "it has metadata.json but no .metadata: it was not copied or saved completely"
-    if any(path.glob("*.distcp")):
-        return "it has shard files but no .metadata: the save was interrupted or still goes on"
-    if _is_file(path / "common.pt"):
-        return (
-            "it holds only common.pt: ms-swift with save_safetensors and no_save_optim puts the "
-            "weights in Hugging Face safetensors beside it; use those directly"
-        )
-    return NOTHING
-
-
-def _explain(path: Path, below: list[Path]) -> str:
-    """Why `path` is not a checkpoint: what it is, and what to pass."""
-    if below:
-        listed = "\n  ".join(str(place) for place in below)
-        return f"{path} holds several checkpoints; pass one of them:\n  {listed}"
-    if any(_is_file(path / name) for name in _ADAPTER_FILES):
-        return (
-            f"{path} holds a LoRA adapter (PEFT), not a Megatron checkpoint; load it with peft on "
-            "top of its base model"
-        )
-    if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
-        return (
-            f"{path} is a Hugging Face model directory already: no conversion is needed, pass it "
-            "to from_pretrained as it is"
-        )
-    if (path / "model_optim_rng.pt").is_file():
-        return f"{path} holds what one rank saved; pass the directory above it, {path.parent}"
-    why = _why_incomplete(path)
-    if why != NOTHING:
-        return f"{path} cannot be opened: {why}"
-    if _is_file(path / "config.json"):
-        return (
-            f"{path} holds a config.json but no weights; pass the Megatron checkpoint directory "
-            "(with iter_XXXXXXX in it) and give this one as --hf-config"
-        )
-    names = sorted(child.name for child in path.iterdir())
-    if not names:
-        return f"{path} is empty"
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return (
-        f"{path} is not a Megatron checkpoint: it has neither {TRACKER} nor an iter_XXXXXXX "
-        f"directory. It holds: {shown}"
-    )

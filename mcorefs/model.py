@@ -9,7 +9,7 @@ from pathlib import Path
 from mcorefs import catalog
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
-from mcorefs.formats import Checkpoint
+from mcorefs.formats import HUGGINGFACE, Checkpoint
 from mcorefs.locate import Location, locate
 from mcorefs.mapping import config as configs
 from mcorefs.mapping.choose import Choice, choose
@@ -29,6 +29,8 @@ class Options:
 
     iteration: int | None = None
     """Which iteration of the run; None: the one its tracker file names."""
+    format: str | None = None
+    """Which on-disk format, by name; None: the one there is."""
     family: str | None = None
     hf_config: Path | None = None
     """A local Hugging Face model directory: config keys, tokenizer, generation config."""
@@ -67,7 +69,12 @@ def load(path: Path, options: Options) -> Model:
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
     dtype = _dtype(options.dtype)
-    location = locate(path, options.iteration)
+    location = locate(path, options.iteration, options.format)
+    if location.format is HUGGINGFACE:
+        raise CheckpointError(
+            f"{location.path} is a Hugging Face model directory already: no conversion is needed, "
+            "pass it to from_pretrained as it is"
+        )
     checkpoint = location.format.index(location.path)
     beside = companions(location, checkpoint)
     reference = _reference(options, beside)

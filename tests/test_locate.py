@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -43,9 +42,9 @@ def track(root: Path, said: str) -> Path:
     return root
 
 
-def refusal(path: Path, iteration: int | None = None) -> str:
+def refusal(path: Path, iteration: int | None = None, format_name: str | None = None) -> str:
     with pytest.raises(CheckpointError) as caught:
-        locate(path, iteration)
+        locate(path, iteration, format_name)
     return str(caught.value)
 
 
@@ -70,8 +69,8 @@ def test_a_root_gives_the_tracked_iteration(root: Path) -> None:
     found = locate(root)
     assert (found.root, found.path, found.iteration) == (root, root / "iter_0000100", 100)
     assert found.format.name == "torch_dist"
-    assert found.complete == ["iter_0000100", "iter_0000200"]
-    assert found.incomplete == ["iter_0000300"]
+    assert found.complete == ["iter_0000100"]
+    assert found.incomplete == ["iter_0000200", "iter_0000300"]
     assert remarks(found) == f"{TRACKER} names iteration 100; not published: iter_0000200"
 
 
@@ -151,6 +150,10 @@ def test_the_fixtures_can_be_opened_at_every_level(tmp_path: Path) -> None:
 def test_another_iteration_on_request(root: Path) -> None:
     found = locate(root, 200)
     assert (found.path, found.iteration) == (root / "iter_0000200", 200)
+    assert remarks(found) == f"iter_0000200 was not published: {TRACKER} names iteration 100"
+    found = locate(track(root, "200"), 100)
+    assert (found.path, found.iteration) == (root / "iter_0000100", 100)
+    assert found.complete == ["iter_0000100", "iter_0000200"]
     assert remarks(found) == ""
 
 
@@ -322,11 +325,8 @@ def test_directories_that_may_not_be_read() -> None:
         ({}, "is empty"),
         ({"notes.txt": "", "src/a.py": ""}, "It holds: notes.txt, src"),
         ({f"{i}.txt": "" for i in range(20)}, "13.txt, 14.txt, 15.txt, ..."),
-        (
-            {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"},
-            "is a Hugging Face model directory already",
-        ),
-        ({"config.json": "{}", "pytorch_model-00001-of-00002.bin": ""}, "is a Hugging Face model"),
+        ({"model.safetensors": "", "tokenizer.json": "{}"}, "but no config.json"),
+        ({"pytorch_model-00001-of-00002.bin": ""}, "but no config.json"),
         ({"config.json": "{}", "tokenizer.json": ""}, "give this one as --hf-config"),
         (
             {"adapter_config.json": "{}", "adapter_model.safetensors": ""},
@@ -370,18 +370,240 @@ def test_a_pipe_does_not_hang_the_search(name: str, tmp_path: Path) -> None:
         assert "cannot be opened" in refusal(tmp_path / "iter_0000001")
 
 
-def test_a_run_of_verl_is_explained(tmp_path: Path) -> None:
-    track(tmp_path, "100")
-    make(tmp_path / "global_step_100/actor/dist_ckpt")
-    assert f"pass the directory of one model, such as {tmp_path}/global_step_100/actor" in refusal(
-        tmp_path
+# -- Hugging Face directories ---------------------------------------------------------------------
+
+HF: Mapping[str, str] = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"}
+EMPTY_HF: Mapping[str, str] = {"config.json": "{}", "tokenizer.json": "{}"}
+
+
+def test_a_hugging_face_directory_is_one_already(tmp_path: Path) -> None:
+    for name, weights in (("a", "model.safetensors"), ("b", "pytorch_model-00001-of-00002.bin")):
+        here = make(tmp_path / name / "hf", {"config.json": "{}", weights: ""})
+        for path in (here, here.parent):
+            found = locate(path)
+            assert (found.path, found.format.name) == (here, "huggingface")
+        assert "is one iteration already" in refusal(here, 7)
+    assert f"\n  {tmp_path}/a/hf\n  {tmp_path}/b/hf" in refusal(tmp_path)
+
+
+def test_a_checkpoint_below_weights(tmp_path: Path) -> None:
+    """A model that was trained into its own directory: it must be said which is meant."""
+    make(tmp_path, HF)
+    make(track(tmp_path / "output", "1") / "iter_0000001")
+    assert f"pass --format huggingface, or {tmp_path}/output" in refusal(tmp_path)
+    assert locate(tmp_path, None, "huggingface").path == tmp_path
+    assert locate(tmp_path, None, "torch_dist").path == tmp_path / "output/iter_0000001"
+
+
+def test_ms_swift_with_weights_beside_the_iteration(tmp_path: Path) -> None:
+    """save_safetensors with no_save_optim: only common.pt in the iteration."""
+    here = make(track(tmp_path / "run/checkpoint-5", "5") / "iter_0000005", {"common.pt": ""})
+    make(here.parent, {**HF, "args.json": "{}"})
+    for path in (here, here.parent, tmp_path / "run"):
+        found = locate(path)
+        assert (found.path, found.iteration) == (here.parent, 5)
+        assert found.format.name == "huggingface"
+        assert f"{here} holds no weights; the trainer saved them as Hugging" in remarks(found)
+    assert "holds no iter_0000006" in refusal(here.parent, 6)
+    merged = make(track(tmp_path / "checkpoint-5-merged", "5"), {**HF, "args.json": "{}"})
+    assert (locate(merged).path, locate(merged).iteration) == (merged, 5)
+    (here.parent / "model.safetensors").unlink()
+    for path in (here, here.parent):
+        assert "holds only common.pt" in refusal(path)
+        assert "but none are there" in refusal(path)
+
+
+def test_weights_in_a_root_are_not_those_of_an_unfinished_iteration(tmp_path: Path) -> None:
+    """They may be the model that training began from."""
+    make(track(tmp_path, "5"), HF)
+    assert "holds no iter_0000005" in refusal(tmp_path)
+    make(tmp_path / "iter_0000005", without("metadata.json", ".metadata"))
+    assert "it has shard files but no .metadata" in refusal(tmp_path)
+    make(tmp_path / "iter_0000005")
+    found = locate(tmp_path)
+    assert found.path == tmp_path / "iter_0000005"
+    assert f"{tmp_path} holds Hugging Face weights too; --format huggingface" in remarks(found)
+    assert locate(tmp_path, None, "huggingface").path == tmp_path
+
+
+def test_a_copy_that_megatron_bridge_saved(tmp_path: Path) -> None:
+    iteration = make(track(tmp_path, "5") / "iter_0000005")
+    copy = make(iteration / "hf", HF)
+    for path in (tmp_path, iteration):
+        assert locate(path).path == iteration
+        assert f"{copy} holds Hugging Face weights too" in remarks(locate(path))
+        assert locate(path, None, "huggingface").path == copy
+    assert locate(copy).path == copy
+
+
+# -- formats --------------------------------------------------------------------------------------
+
+
+def test_a_directory_of_two_formats(tmp_path: Path) -> None:
+    iteration = make(
+        track(tmp_path, "5") / "iter_0000005", {**COMPLETE, "mp_rank_00/model_optim_rng.pt": ""}
     )
-    assert locate(tmp_path / "global_step_100/actor").path.name == "dist_ckpt"
+    for path in (tmp_path, iteration):
+        message = refusal(path)
+        assert f"{iteration} holds files of 2 formats: torch_dist, torch; pass --form" in message
+        for name in ("torch_dist", "torch"):
+            assert locate(path, None, name).format.name == name
+    make(tmp_path / "iter_0000004")
+    found = locate(tmp_path, 4)
+    assert found.format.name == "torch_dist"
+    found = locate(tmp_path, 5, "torch")
+    assert (found.complete, found.incomplete) == (["iter_0000005"], ["iter_0000004"])
 
 
-def test_ms_swift_without_megatron_weights(tmp_path: Path) -> None:
-    """save_safetensors with no_save_optim: only common.pt in the iteration, weights beside it."""
-    make(track(tmp_path, "5") / "iter_0000005", {"common.pt": ""})
-    make(tmp_path, {"config.json": "{}", "model.safetensors": "", "args.json": json.dumps({})})
-    assert "holds only common.pt" in refusal(tmp_path)
-    assert "beside it; use those" in refusal(tmp_path)
+def test_a_format_that_is_not_there(root: Path) -> None:
+    assert "iter_0000100 cannot be opened: " in refusal(root, None, "torch")
+    assert "it is in format torch_dist" in refusal(root / "iter_0000100", None, "torch")
+    with pytest.raises(CheckpointError, match="--format zip: expected one of torch_dist, torch, "):
+        locate(root, None, "zip")
+
+
+# -- saves that are not for everyone --------------------------------------------------------------
+
+
+def test_non_persistent_saves(root: Path) -> None:
+    passing = track(root / "non_persistent", "150")
+    make(passing / "iter_0000150")
+    found = locate(root)
+    assert found.iteration == 100
+    assert f"{passing} holds iteration 150, saved only for resuming" in remarks(found)
+    assert locate(passing).iteration == 150
+    track(passing, "50")
+    assert "non_persistent" not in remarks(locate(root))
+
+
+@pytest.mark.parametrize("session", ["7/0", "0"])
+def test_local_checkpoints_are_refused_by_name(tmp_path: Path, session: str) -> None:
+    file = tmp_path / session / "iter_0000100_0_local.pt"
+    make(file.parent, {file.name: ""})
+    for path in (tmp_path, file.parent, file):
+        message = refusal(path)
+        assert "holds a local (non-persistent) checkpoint of nvidia-resiliency-ext" in message
+        assert "save a global one" in message
+    file.rename(file.with_name("iter_0000100_0_local.dirty.pt"))
+    assert "nvidia-resiliency-ext" in refusal(tmp_path)
+
+
+# -- verl -----------------------------------------------------------------------------------------
+
+WITNESS: Mapping[str, str] = {"transformer_config.json": "{}"}
+FINISHED: Mapping[str, str] = {**WITNESS, "ckpt_contents.json": "{}"}
+
+
+def within(directory: str, files: Mapping[str, str]) -> dict[str, str]:
+    return {f"{directory}/{name}": text for name, text in files.items()}
+
+
+SHARDED_1 = {**WITNESS, **within("dist_ckpt", COMPLETE), **within("huggingface", EMPTY_HF)}
+SHARDED_2 = {
+    **FINISHED,
+    **within("model/dist_ckpt", COMPLETE),
+    **within("optimizer/dist_ckpt", COMPLETE),
+    **within("extra/dist_ckpt", COMPLETE),
+}
+BRIDGED_2 = {
+    **FINISHED,
+    **within("model/huggingface", HF),
+    **within("optimizer/dist_ckpt", COMPLETE),
+    **within("extra/dist_ckpt", COMPLETE),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "weights", "others"),
+    [
+        (SHARDED_1, "dist_ckpt", ["huggingface"]),
+        (SHARDED_2, "model/dist_ckpt", ["model", "optimizer", "optimizer/dist_ckpt", "extra"]),
+        (BRIDGED_2, "model/huggingface", ["model", "optimizer/dist_ckpt", "extra/dist_ckpt"]),
+    ],
+)
+def test_every_level_of_a_run_of_verl(
+    tmp_path: Path, files: Mapping[str, str], weights: str, others: list[str]
+) -> None:
+    run = track(tmp_path / "project/run", "20")
+    for number in (10, 20):
+        make(run / f"global_step_{number}/actor", files)
+        make(run / f"global_step_{number}/critic", files)
+        make(run / f"global_step_{number}", {"data.pt": ""})
+    actor = run / "global_step_20/actor"
+    for path in (
+        run.parent,
+        run,
+        actor.parent,
+        actor,
+        actor / weights,
+        *map(actor.joinpath, others),
+    ):
+        found = locate(path)
+        assert (found.root, found.path, found.iteration) == (run, actor / weights, 20)
+        wanted = "huggingface" if "huggingface" in weights else "torch_dist"
+        assert found.format.name == wanted
+        if path != actor / weights:
+            assert str(actor / weights) in remarks(found)
+    assert locate(run, 10).path == run / "global_step_10/actor" / weights
+    assert "holds no global_step_30. Complete here: global_step_10, g" in refusal(run, 30)
+    critic = run / "global_step_20/critic"
+    assert locate(critic).path == critic / weights
+    assert f"--iteration 10 needs the directory above it, {run}" in refusal(actor, 10)
+
+
+def test_verl_without_roles(tmp_path: Path) -> None:
+    """The SFT trainer saves one model, right into the step."""
+    run = track(tmp_path / "run", "20")
+    step = make(run / "global_step_20", SHARDED_2)
+    for path in (run, step, step / "model"):
+        assert locate(path).path == step / "model/dist_ckpt"
+
+
+def test_verl_with_both_kinds_of_weights(tmp_path: Path) -> None:
+    actor = make(tmp_path / "global_step_5/actor", {**SHARDED_2, **BRIDGED_2})
+    sharded, copy = actor / "model/dist_ckpt", actor / "model/huggingface"
+    for path in (tmp_path, actor, actor / "model"):
+        assert locate(path).path == sharded
+        assert f"{copy} holds Hugging Face weights too" in remarks(locate(path))
+        assert locate(path, None, "huggingface").path == copy
+    assert locate(copy).path == copy
+    assert locate(sharded).huggingface == copy
+
+
+def test_verl_while_it_saves(tmp_path: Path) -> None:
+    """ckpt_contents.json comes last; the tracker file of an asynchronous save later still."""
+    make(tmp_path / "global_step_10/actor", SHARDED_2)
+    late = make(
+        tmp_path / "global_step_20/actor",
+        {name: text for name, text in SHARDED_2.items() if name != "ckpt_contents.json"},
+    )
+    found = locate(tmp_path)
+    assert found.iteration == 10
+    assert (found.complete, found.incomplete) == (["global_step_10"], ["global_step_20"])
+    found = locate(tmp_path, 20)
+    assert "holds no ckpt_contents.json, which is written last" in remarks(found)
+    assert "holds no ckpt_contents.json, which verl writes last" in remarks(locate(late))
+    (late / "model/dist_ckpt/.metadata").unlink()
+    assert f"{late}/model/dist_ckpt: it has metadata.json but no .metadata" in refusal(late)
+    assert "global_step_20 cannot be opened: " in refusal(tmp_path, 20)
+    assert "global_step_20 cannot be opened: " in refusal(track(tmp_path, "20"))
+
+
+def test_verl_with_its_fsdp_backend(tmp_path: Path) -> None:
+    track(tmp_path, "20")
+    files = {"model_world_size_8_rank_0.pt": "", **within("huggingface", EMPTY_HF)}
+    actor = make(tmp_path / "global_step_20/actor", files)
+    for path in (tmp_path, actor.parent, actor):
+        message = refusal(path)
+        assert "verl's FSDP backend saved it" in message
+        assert "verl.model_merger merge --backend fsdp" in message
+    make(actor / "huggingface", HF)
+    assert locate(tmp_path).path == actor / "huggingface"
+
+
+@pytest.mark.parametrize("name", ["model", "extra", "huggingface", "dist_ckpt", "optimizer"])
+def test_plain_names_do_not_make_a_run_of_verl(tmp_path: Path, name: str) -> None:
+    make(track(tmp_path / name, "1") / "iter_0000001")
+    assert locate(tmp_path / name).path == tmp_path / name / "iter_0000001"
+    make(tmp_path / "project/model/dist_ckpt")
+    assert locate(tmp_path / "project").path == tmp_path / "project/model/dist_ckpt"
