@@ -10,8 +10,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -75,21 +74,23 @@ class Storage:
         """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
         if offset < 0:  # preadv would take -1 for "where the last read ended"
             raise ReadFault(f"{path}: there is no byte {offset}")
-        with self._open(path) as fd:
-            done, want = 0, len(out)
+        done, want = 0, len(out)
+        handle = self._open(path)
+        try:
             while done < want:
-                try:
-                    count = os.preadv(fd, [out[done:]], offset + done)
-                except (OSError, OverflowError) as problem:
-                    raise ReadFault(
-                        f"{path}: read of {want} bytes at {offset} failed: {problem}"
-                    ) from None
+                count = os.preadv(handle.fd, [out[done:]], offset + done)
                 if count == 0:
                     raise ReadFault(
                         f"{path}: wanted {want} bytes at {offset} but the file ends after {done}: "
                         "it was truncated after the checkpoint was opened"
                     )
                 done += count
+        except ReadFault:
+            raise
+        except (OSError, OverflowError) as problem:
+            raise ReadFault(f"{path}: read of {want} bytes at {offset} failed: {problem}") from None
+        finally:
+            self._release(handle)
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         """The bytes [offset, offset + nbytes) of `path`. Raises ReadFault if it cannot."""
@@ -153,20 +154,19 @@ class Storage:
             self._record_starts[key] = start
         return start
 
-    @contextmanager
-    def _open(self, path: str) -> Iterator[int]:
-        """A descriptor of `path` that stays open inside the block, shared between threads."""
+    def _open(self, path: str) -> _Handle:
+        """A handle of `path`, shared between threads, that stays open until it is released."""
         handle = self._taken(path, None)
         if handle is None:
             # Without the lock: a slow file system must not hold up reads of open files.
             handle = self._taken(path, self._open_checked(path))
         assert handle is not None
-        try:
-            yield handle.fd
-        finally:
-            with self._lock:
-                handle.users -= 1
-                self._close_idle()
+        return handle
+
+    def _release(self, handle: _Handle) -> None:
+        with self._lock:
+            handle.users -= 1
+            self._close_idle()
 
     def _taken(self, path: str, fd: int | None) -> _Handle | None:
         """The handle of `path`, in use from now on; made of `fd` if there is none yet."""
