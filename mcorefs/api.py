@@ -38,6 +38,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     tokenizer: str | PathLike[str] | None = None,
     vocab_size: int | None = None,
     dtype: str | None = None,
+    weights: str = "model",
     shard_size: int | str = "50GB",
     cache_size: int | None = None,
 ) -> Checkpoint:
@@ -58,6 +59,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         tokenizer=None if tokenizer is None else Path(tokenizer),
         vocab_size=vocab_size,
         dtype=dtype,
+        weights=weights,
     )
     budget = cache_budget(cache_size)
     model = load(Path(path), options)

@@ -17,7 +17,7 @@ from rich.console import Console
 from mcorefs import wording
 from mcorefs.errors import McorefsError
 from mcorefs.memory import cache_budget
-from mcorefs.model import DTYPES, Model, Options, load
+from mcorefs.model import DTYPES, WEIGHTS, Model, Options, load
 
 app = typer.Typer(
     name="mcorefs",
@@ -82,6 +82,15 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help=f"Cast weights when they are read: {', '.join(DTYPES)}."),
 ]
+WhichWeights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="|".join(WEIGHTS),
+        help="The model's own weights, or the float32 main parameters in the optimizer's state, "
+        "of which they are roundings.",
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file.")
 ]
@@ -111,6 +120,7 @@ def mount(
     require_tokenizer: RequireTokenizer = False,
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
+    weights: WhichWeights = "model",
     shard_size: ShardSize = "50GB",
     cache_size: CacheSize = None,
     foreground: Annotated[
@@ -148,7 +158,16 @@ def mount(
     check_mountpoint(mnt)
     model = load(
         ckpt,
-        _options(iteration, family, hf_config, tokenizer, require_tokenizer, vocab_size, dtype),
+        _options(
+            iteration,
+            family,
+            hf_config,
+            tokenizer,
+            require_tokenizer,
+            vocab_size,
+            dtype,
+            weights,
+        ),
     )
     tree, _ = build(model, shard_size, cache_budget(cache_size))
     if foreground:
@@ -188,6 +207,7 @@ def materialize(
     require_tokenizer: RequireTokenizer = False,
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
+    weights: WhichWeights = "model",
     shard_size: ShardSize = "50GB",
     threads: Annotated[
         int | None,
@@ -204,7 +224,16 @@ def materialize(
     started = time.monotonic()
     model = load(
         ckpt,
-        _options(iteration, family, hf_config, tokenizer, require_tokenizer, vocab_size, dtype),
+        _options(
+            iteration,
+            family,
+            hf_config,
+            tokenizer,
+            require_tokenizer,
+            vocab_size,
+            dtype,
+            weights,
+        ),
     )
     tree, _ = build(model, shard_size, cache_budget(None))
     _remarks(model)
@@ -229,6 +258,7 @@ def inspect(
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
     vocab_size: VocabSize = None,
+    weights: WhichWeights = "model",
 ) -> None:
     """Say what CKPT is and whether it is whole: format, iterations, layout, family, missing shards.
 
@@ -236,7 +266,10 @@ def inspect(
     """
     from mcorefs.inspection import inspect as look
 
-    found = look(ckpt, _options(iteration, family, hf_config, tokenizer, False, vocab_size, None))
+    found = look(
+        ckpt,
+        _options(iteration, family, hf_config, tokenizer, False, vocab_size, None, weights),
+    )
     if as_json:
         out.print(json.dumps(found.to_json(), indent=2))
     else:
@@ -257,6 +290,7 @@ def verify(
     hf_config: HfConfig = None,
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
+    weights: WhichWeights = "model",
 ) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
@@ -266,7 +300,9 @@ def verify(
     from mcorefs.storage import Storage
     from mcorefs.verify import verify as compare
 
-    model = load(ckpt, _options(iteration, family, hf_config, None, False, vocab_size, dtype))
+    model = load(
+        ckpt, _options(iteration, family, hf_config, None, False, vocab_size, dtype, weights)
+    )
     reader = Reader(Storage(model.checkpoint.files), cache_budget(None))
     total = sum(tensor.nbytes for tensor in model.tensors)
     with _progress("Comparing", total) as advance:
@@ -306,6 +342,7 @@ def _options(
     require_tokenizer: bool,
     vocab_size: int | None,
     dtype: str | None,
+    weights: str,
 ) -> Options:
     return Options(
         iteration=iteration,
@@ -315,6 +352,7 @@ def _options(
         require_tokenizer=require_tokenizer,
         vocab_size=vocab_size,
         dtype=dtype,
+        weights=weights,
     )
 
 

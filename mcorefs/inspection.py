@@ -12,7 +12,7 @@ from pathlib import Path
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import locate
-from mcorefs.model import Model, Options, load
+from mcorefs.model import Model, Options, load, which_weights
 
 PARALLEL: Mapping[str, str] = {
     "TP": "tensor_model_parallel_size",
@@ -80,7 +80,7 @@ def inspect(path: Path, options: Options) -> Inspection:
         tuple(location.incomplete),
     )
     try:
-        checkpoint = location.format.index(location.path)
+        checkpoint = location.format.index(location.path, which_weights(options.weights))
     except CheckpointError as error:
         return replace(found, problems=(str(error),))
     found = _of_checkpoint(found, checkpoint)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from mcorefs import catalog
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
-from mcorefs.formats import HUGGINGFACE, Checkpoint
+from mcorefs.formats import HUGGINGFACE, Checkpoint, WeightsFrom
 from mcorefs.locate import Location, locate
 from mcorefs.mapping import config as configs
 from mcorefs.mapping.choose import Choice, choose
@@ -21,6 +22,7 @@ from mcorefs.mapping.tokenizer import Tokenizer, find
 from mcorefs.trainers import Companions, companions
 
 DTYPES = ("bfloat16", "float16", "float32")
+WEIGHTS: tuple[WeightsFrom, ...] = get_args(WeightsFrom)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Options:
     vocab_size: int | None = None
     dtype: str | None = None
     """Cast weights on read: one of DTYPES."""
+    weights: str = "model"
+    """One of WEIGHTS; "optimizer" gives float32 unless `dtype` says otherwise."""
     shard_size: int | str = "50GB"
     """Largest safetensors file; default as transformers 5."""
     cache_bytes: int | None = None
@@ -68,14 +72,16 @@ def load(path: Path, options: Options) -> Model:
 
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
-    dtype = _dtype(options.dtype)
+    weights = which_weights(options.weights)
+    named = options.dtype or ("float32" if weights == "optimizer" else None)
+    dtype = _dtype(named)
     location = locate(path, options.iteration, options.format)
     if location.format is HUGGINGFACE:
         raise CheckpointError(
             f"{location.path} is a Hugging Face model directory already: no conversion is needed, "
             "pass it to from_pretrained as it is"
         )
-    checkpoint = location.format.index(location.path)
+    checkpoint = location.format.index(location.path, weights)
     beside = companions(location, checkpoint)
     reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)
@@ -84,7 +90,7 @@ def load(path: Path, options: Options) -> Model:
         raise MappingError(refused, canonical.problems)
     choice = choose(canonical.tensors, options.family, reference, beside.model_type)
     facts, said, problems = gather(canonical.tensors, beside.args, reference, options.vocab_size)
-    remarks = [*location.remarks, *beside.remarks, *said]
+    remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
     trained_in = facts.args.get("params_dtype")
     if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
         remarks.append(
@@ -110,7 +116,7 @@ def load(path: Path, options: Options) -> Model:
     config: Mapping[str, object] = {}
     if "vocab" in facts.dims:
         config, said, faults = configs.synthesise(
-            choice.family, facts, reference, tokenizer.token_ids, options.dtype or facts.dtype
+            choice.family, facts, reference, tokenizer.token_ids, named or facts.dtype
         )
         remarks += said
         problems += faults
@@ -143,6 +149,14 @@ def _reference(options: Options, beside: Companions) -> Reference:
         if (directory / "config.json").is_file():
             return read_reference(directory, str(directory / "config.json"))
     return NO_REFERENCE
+
+
+def which_weights(name: str) -> WeightsFrom:
+    """The weights of that name. Raises CheckpointError."""
+    for weights in WEIGHTS:
+        if name == weights:
+            return weights
+    raise CheckpointError(f"--weights {name}: expected one of {', '.join(WEIGHTS)}")
 
 
 def _dtype(name: str | None) -> DType | None:

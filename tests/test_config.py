@@ -78,7 +78,8 @@ def test_transformers_reads_what_the_model_had(
     fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
 ) -> None:
     fixture = fixtures[name]
-    model = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size))
+    options = Options(vocab_size=fixture.spec.vocab_size, weights=fixture.spec.oracle_weights)
+    model = load(fixture.root, options)
     found = attributes(write_config(model, tmp_path))
     expected = attributes(fixture.hf)
     if model.tokenizer.found:

@@ -28,10 +28,12 @@ def fixtures() -> Mapping[str, Fixture]:
 
 def options(fixture: Fixture, dtype: str | None = None) -> Options:
     """What the user must add to what this checkpoint records, and no more."""
+    weights = fixture.spec.oracle_weights
     if fixture.spec.common == "no_args":
-        return Options(hf_config=fixture.hf, dtype=dtype)
+        return Options(hf_config=fixture.hf, dtype=dtype, weights=weights)
     recorded = fixture.spec.vocab_size_in_args
-    return Options(vocab_size=None if recorded else fixture.spec.vocab_size, dtype=dtype)
+    vocab_size = None if recorded else fixture.spec.vocab_size
+    return Options(vocab_size=vocab_size, dtype=dtype, weights=weights)
 
 
 def files(fixture: Fixture, shard_size: int | str, opts: Options) -> Mapping[str, VirtualFile]:

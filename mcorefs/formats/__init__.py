@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mcorefs.formats.base import Checkpoint, Format
+from mcorefs.formats.base import Checkpoint, Format, WeightsFrom
 from mcorefs.formats.fsdp_dtensor import FsdpDtensor
 from mcorefs.formats.huggingface import HuggingFace
 from mcorefs.formats.torch_dist import TorchDist
@@ -16,7 +16,16 @@ HUGGINGFACE = HuggingFace()
 """What needs no conversion: read where it is asked for, or where nothing else is."""
 NAMES = tuple(format_.name for format_ in (*FORMATS, HUGGINGFACE))
 
-__all__ = ["FORMATS", "HUGGINGFACE", "NAMES", "Checkpoint", "Format", "detect", "matching"]
+__all__ = [
+    "FORMATS",
+    "HUGGINGFACE",
+    "NAMES",
+    "Checkpoint",
+    "Format",
+    "WeightsFrom",
+    "detect",
+    "matching",
+]
 
 
 def detect(path: Path, name: str | None = None) -> Format | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from mcorefs.errors import CheckpointError
 from mcorefs.index import StoredTensor
@@ -21,6 +21,10 @@ from mcorefs.unpickle import Attributes, plain
 
 MAX_SHOWN = 50
 """Problems listed one by one before the rest are only counted."""
+
+
+WeightsFrom = Literal["model", "optimizer"]
+"""Which weights: the model's own, or the main parameters that its optimizer keeps in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Checkpoint:
     fc1_ranks: Mapping[str, int] = field(default_factory=dict)
     """Fqns of those linear_fc1 whose rows are the gate, then the up rows of each of so many
     tensor-parallel ranks in turn; all others have all gate rows first, or are not gated."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know."""
 
 
 class Format(Protocol):
@@ -54,8 +60,9 @@ class Format(Protocol):
         """Whether `path` is one complete iteration in this format. Cheap: looks at names only."""
         ...
 
-    def index(self, path: Path) -> Checkpoint:
-        """The checkpoint in `path`. Raises CheckpointError with every problem found."""
+    def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
+        """The checkpoint in `path`. Raises CheckpointError with every problem found, also where
+        the `weights` asked for are not stored in a way that can be read."""
         ...
 
 

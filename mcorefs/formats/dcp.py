@@ -15,13 +15,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import reading, training_args
+from mcorefs.formats.base import WeightsFrom, reading, training_args
+from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, is_file_name, regular_file
 from mcorefs.torchzip import load_object
@@ -45,7 +46,7 @@ class Contents:
     """What a directory holds."""
 
     tensors: Mapping[str, StoredTensor]
-    """The model's, by fqn."""
+    """By fqn of the model, also those that are its main parameters."""
     storage: StorageTable
     files: Mapping[str, FileIdentity]
     """Those that hold `tensors`."""
@@ -53,34 +54,62 @@ class Contents:
     """How many entries of each other kind there are."""
     sharded_objects: int
     """How many entries are megatron-core's ShardedObject, which only `torch_dist` writes."""
+    remarks: tuple[str, ...]
 
 
-def read_directory(path: Path, also: Collection[str], problems: list[str]) -> Contents:
+def read_directory(
+    path: Path, weights: WeightsFrom, also: Collection[str], problems: list[str]
+) -> Contents:
     """The weights in the checkpoint directory `path`; whatever is wrong is added to `problems`.
 
     `also`: fqns of entries that are no weights but whose place is wanted.
     """
     metadata = read_metadata(path / ".metadata")
-    weights: dict[str, object] = {}
+    model: dict[str, object] = {}
+    optimizer: dict[str, object] = {}
     skipped: Counter[str] = Counter()
     sharded_objects = 0
     for fqn, entry in entries(metadata):
         if (kind := _kind(fqn, entry)) == "model":
-            weights[fqn] = entry
-        else:
-            skipped[kind] += 1
-            sharded_objects += "/shard_" in fqn
-    storage = StorageTable(path, metadata, {*weights, *also})
+            model[fqn] = entry
+            continue
+        skipped[kind] += 1
+        sharded_objects += "/shard_" in fqn
+        if kind == "optimizer" and weights == "optimizer":
+            optimizer[fqn] = entry
+    remarks: tuple[str, ...] = ()
+    taken = {fqn: fqn for fqn in model}
+    if weights == "optimizer":
+        choice = _main_params(model, optimizer)
+        taken |= choice.main_params
+        problems += choice.problems
+        remarks = choice.remarks
+    storage = StorageTable(path, metadata, {*taken.values(), *also})
     tensors: dict[str, StoredTensor] = {}
-    for fqn, entry in weights.items():
-        tensor, problem = read_tensor(fqn, entry, storage)
+    for name, fqn in taken.items():
+        tensor, problem = read_tensor(fqn, model[fqn] if fqn == name else optimizer[fqn], storage)
         if tensor is not None:
-            tensors[fqn] = tensor
+            tensors[name] = tensor if fqn == name else replace(tensor, fqn=name)
         problems.extend([problem] if problem else [])
     files = storage.check_files(problems)
     if not tensors and not problems:
         problems.append(_no_weights(skipped))
-    return Contents(tensors, storage, files, dict(skipped), sharded_objects)
+    return Contents(tensors, storage, files, dict(skipped), sharded_objects, remarks)
+
+
+def _main_params(model: Mapping[str, object], optimizer: Mapping[str, object]) -> Choice:
+    """Which main parameters to take for what the model holds."""
+
+    def described(fqn: str, entry: object) -> Described:
+        dtype = getattr(getattr(entry, "properties", None), "dtype", None)
+        return Described(fqn, describe(dtype), _shape(getattr(entry, "size", None)))
+
+    mains = {
+        name: described(fqn, entry)
+        for fqn, entry in optimizer.items()
+        if (name := model_name(fqn)) is not None
+    }
+    return choose((described(*item) for item in model.items()), mains, optimizer)
 
 
 def _no_weights(skipped: Mapping[str, int]) -> str:

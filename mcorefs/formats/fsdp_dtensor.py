@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.formats.dcp import (
     StorageTable,
     common_file,
@@ -49,9 +49,9 @@ class FsdpDtensor:
     def detect(self, path: Path) -> bool:
         return is_file(path / ".metadata") and sharded_backend(path) in (None, self.name)
 
-    def index(self, path: Path) -> Checkpoint:
+    def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []
-        contents = read_directory(path, (ARGS,), problems)
+        contents = read_directory(path, weights, (ARGS,), problems)
         tensors = contents.tensors
         _refuse_other_formats(path, tensors, contents.sharded_objects)
         args, source = read_args(lambda: _state_with_args(path, contents.storage), problems)
@@ -62,7 +62,15 @@ class FsdpDtensor:
         if problems:
             raise refusal(path, problems)
         return Checkpoint(
-            name, path, tensors, args, source, contents.files, contents.skipped, ranks
+            name,
+            path,
+            tensors,
+            args,
+            source,
+            contents.files,
+            contents.skipped,
+            ranks,
+            contents.remarks,
         )
 
 

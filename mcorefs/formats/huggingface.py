@@ -19,7 +19,7 @@ from pathlib import Path
 from mcorefs.boxes import Box
 from mcorefs.dtypes import BY_NAME
 from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.storage import FileIdentity, is_file_name, regular_file
 
@@ -55,15 +55,17 @@ class HuggingFace:
         except OSError:
             return False
 
-    def index(self, path: Path) -> Checkpoint:
+    def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []
-        weights = read_weights(path, problems, resolved)
-        files = {**weights.files, **_bin_files(path, problems)}
-        problems.extend(weights.ghosts)
+        if weights == "optimizer":
+            problems.append("--weights optimizer: a model directory holds no optimizer's state")
+        found = read_weights(path, problems, resolved)
+        files = {**found.files, **_bin_files(path, problems)}
+        problems.extend(found.ghosts)
         if problems:
             raise refusal(path, problems)
-        skipped = {"of an unknown dtype": len(weights.unknown)} if weights.unknown else {}
-        return Checkpoint(self.name, path, weights.tensors, {}, "none are needed", files, skipped)
+        skipped = {"of an unknown dtype": len(found.unknown)} if found.unknown else {}
+        return Checkpoint(self.name, path, found.tensors, {}, "none are needed", files, skipped)
 
 
 def weight_files(directory: Path) -> list[str]:

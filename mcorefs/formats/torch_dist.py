@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.formats.dcp import (
     StorageTable,
     common_file,
@@ -27,6 +27,8 @@ from mcorefs.formats.dcp import (
 
 COMMON_STATE = "common_state/shard_0_1"
 """ShardedObject("common_state", shape (1,), offset (0,)).unique_key, since megatron-core 0.19."""
+ARGS = f"{COMMON_STATE}.0.args"
+"""What becomes of the args in it when torch.distributed.checkpoint saves the whole once more."""
 
 
 class TorchDist:
@@ -37,14 +39,21 @@ class TorchDist:
     def detect(self, path: Path) -> bool:
         return is_file(path / ".metadata") and sharded_backend(path) == self.name
 
-    def index(self, path: Path) -> Checkpoint:
+    def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []
-        contents = read_directory(path, (COMMON_STATE,), problems)
+        contents = read_directory(path, weights, (COMMON_STATE, ARGS), problems)
         args, source = read_args(lambda: _common_state(path, contents.storage), problems)
         if problems:
             raise refusal(path, problems)
         return Checkpoint(
-            self.name, path, contents.tensors, args, source, contents.files, contents.skipped
+            self.name,
+            path,
+            contents.tensors,
+            args,
+            source,
+            contents.files,
+            contents.skipped,
+            remarks=contents.remarks,
         )
 
 
@@ -53,6 +62,8 @@ def _common_state(path: Path, storage: StorageTable) -> tuple[object, str]:
     if (found := common_file(path)) is not None:
         return found
     span = storage.bytes_entry(COMMON_STATE)
+    if span is None and (span := storage.bytes_entry(ARGS)) is not None:
+        return {"args": load_range(span.path, span.offset, span.nbytes)}, f"{ARGS} in {span.path}"
     if span is None:
         return None, f"{path} has neither common.pt nor a {COMMON_STATE} entry"
     state = load_range(span.path, span.offset, span.nbytes)

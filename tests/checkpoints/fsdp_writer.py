@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from . import torch_writer
 from .spec import Spec
 from .stand_ins import CudaMeansCpu, prepare_fsdp
-from .weights import HFTensors, Rank, local_tensor
+from .weights import HFTensors, local_tensor, rank_of_this_process
 
 StateDict = dict[str, Any]
 _EXPERT = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.weight)(_[wv])?$")
@@ -123,11 +123,7 @@ def _state(spec: Spec, args: Namespace) -> StateDict:
 @torch.no_grad()
 def _load_main_weights(spec: Spec, wrapped: FullyShardedDataParallel, hf: Path) -> None:
     """The weights in fp32, of which those that the model computes with are roundings."""
-    rank = Rank(
-        tp=parallel_state.get_tensor_model_parallel_rank(),
-        etp=parallel_state.get_expert_tensor_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_rank(),
-    )
+    rank = rank_of_this_process()
     with HFTensors(hf) as tensors:
         for name, parameter in wrapped.named_parameters():
             value = local_tensor(spec, rank, tensors, name.replace("module.", ""))

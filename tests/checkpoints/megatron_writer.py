@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from argparse import Namespace
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,18 +20,17 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn.functional import silu
 
 from . import fsdp_writer, torch_writer
 from .hf import TORCH_DTYPES
+from .optimizers import make_optimizer
+from .saved_again import save_again
 from .saved_args import saved_args
 from .spec import Spec
-from .stand_ins import CudaMeansCpu
-from .weights import HFTensors, Rank, local_tensor
+from .weights import HFTensors, globally_named, local_tensor, rank_of_this_process
 
 StateDict = dict[str, Any]
 
@@ -60,7 +57,7 @@ def write_rank(
     tokenizer = spec.tokenizer_model or str(final_root.parent / "tokenizer")
     args = saved_args(spec, tokenizer, final_root, rank)
     if spec.format == "torch":
-        optimizer = _optimizer(spec, models) if spec.optimizer_entries else None
+        optimizer = make_optimizer(spec, models, hf) if spec.optimizer_entries else None
         torch_writer.save_rank(spec, models, args, optimizer, _rng_states(), root)
         torch.distributed.barrier()
     elif spec.format == "fsdp_dtensor":
@@ -68,7 +65,9 @@ def write_rank(
     elif spec.format == "torch_dcp":
         fsdp_writer.save_torch_dcp(spec, models[0], args, _rng_states(), directory)
     else:
-        _save(spec, models, args, directory)
+        _save(spec, models, hf, args, directory)
+        if spec.saved_again:
+            save_again(directory)
     if rank == 0:
         (root / "latest_checkpointed_iteration.txt").write_text(str(spec.iteration))
     destroy_parallel()
@@ -187,14 +186,10 @@ def _build_stage(spec: Spec, config: TransformerConfig, stage: int | None) -> GP
 @torch.no_grad()
 def load(spec: Spec, models: list[GPTModel], hf: Path) -> None:
     """Copy this rank's slices of the HF tensors into the models; nothing is converted."""
-    rank = Rank(
-        tp=parallel_state.get_tensor_model_parallel_rank(),
-        etp=parallel_state.get_expert_tensor_parallel_rank(),
-        ep=parallel_state.get_expert_model_parallel_rank(),
-    )
+    rank = rank_of_this_process()
     with HFTensors(hf) as tensors:
         for model in models:
-            for name, parameter in _globally_named(model):
+            for name, parameter in globally_named(model):
                 value = local_tensor(spec, rank, tensors, name)
                 if spec.main_weights:
                     value = value.to(parameter.dtype)
@@ -206,21 +201,13 @@ def load(spec: Spec, models: list[GPTModel], hf: Path) -> None:
                 parameter.copy_(value)
 
 
-def _globally_named(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the layer's number in the whole model, not in this stage."""
-
-    def global_number(match: re.Match[str]) -> str:
-        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
-
-    for name, parameter in model.named_parameters():
-        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), parameter
-
-
 def _content_metadata(spec: Spec) -> StateDict:
     metadata: StateDict = {
         "singleton_local_shards": spec.singleton_local_shards,
         "chained_optim_avoid_prefix": True,
     }
+    if spec.distributed_optimizer is not None:
+        metadata["distrib_optim_sharding_type"] = spec.distributed_optimizer
     if spec.per_layer_keys:
         metadata["non_homogeneous_layers"] = True
     return metadata
@@ -237,7 +224,7 @@ def model_states(spec: Spec, models: list[GPTModel]) -> StateDict:
     }
 
 
-def _save(spec: Spec, models: list[GPTModel], args: Namespace, directory: Path) -> None:
+def _save(spec: Spec, models: list[GPTModel], hf: Path, args: Namespace, directory: Path) -> None:
     state: StateDict = {
         **({} if spec.common == "no_args" else {"args": args}),
         "checkpoint_version": 3.0,
@@ -246,7 +233,10 @@ def _save(spec: Spec, models: list[GPTModel], args: Namespace, directory: Path) 
         **model_states(spec, models),
     }
     if spec.optimizer_entries:
-        state["optimizer"] = _optimizer(spec, models).sharded_state_dict(state)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        state["optimizer"] = make_optimizer(spec, models, hf).sharded_state_dict(
+            state, metadata={**_content_metadata(spec), "dp_cp_group": group}
+        )
         state["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 12_800}
         state["rng_state"] = _rng_state(spec)
     strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=spec.writer_threads)
@@ -288,36 +278,6 @@ def _without_rank(common: StateDict) -> StateDict:
         return common
     args = {k: v for k, v in vars(common["args"]).items() if k not in ("rank", "local_rank")}
     return {**common, "args": args}
-
-
-def _optimizer(spec: Spec, models: list[GPTModel]) -> Any:
-    """Megatron's own optimizer wrapper over Adam, with a state as if it had stepped."""
-    parameters = [p for model in models for p in model.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    adam = torch.optim.Adam([g for g in groups if g["params"]], lr=1e-4)
-    config = OptimizerConfig(
-        optimizer="adam", lr=1e-4, bf16=spec.dtype == "bf16", fp16=spec.dtype == "fp16"
-    )
-
-    def init_state(*_: object) -> None:
-        return None
-
-    wrapper: Any
-    if spec.dtype == "fp32":
-        wrapper = FP32Optimizer(adam, config, init_state)
-    else:
-        with CudaMeansCpu():
-            wrapper = Float16OptimizerWithFloat16Params(adam, config, None, init_state)
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            adam.state[parameter] = {
-                "exp_avg": torch.full_like(parameter, 1e-3),
-                "exp_avg_sq": torch.full_like(parameter, 1e-6),
-            }
-    return wrapper
 
 
 def _rng_states() -> StateDict:

@@ -25,6 +25,8 @@ GENERATOR_FILES = (
     "fsdp_writer.py",
     "hf.py",
     "megatron_writer.py",
+    "optimizers.py",
+    "saved_again.py",
     "saved_args.py",
     "stand_ins.py",
     "torch_writer.py",

@@ -22,6 +22,10 @@ Names = Literal["local", "te", "grouped_mlp"]
 """Whose parameter names a format that keeps them holds: megatron's own modules, those of
 TransformerEngine, or those with megatron's GroupedMLP for the experts."""
 
+ShardingType = Literal["dp_reshardable", "fully_reshardable", "dp_zero_gather_scatter"]
+"""`distrib_optim_sharding_type`. megatron-core 0.16 still reads but cannot write
+fully_sharded_model_space and fully_sharded_bucket_space."""
+
 PADDING_VALUE = 777.0
 """Fills the vocabulary rows that only exist in Megatron: forgetting to cut them is seen at once
 (bf16 stores 776)."""
@@ -78,6 +82,11 @@ class Spec:
     writer_threads: int = 2
     optimizer_entries: bool = False
     """Also the real sharded optimizer state and the random number generators' state."""
+    distributed_optimizer: ShardingType | None = None
+    """The state is that of megatron's DistributedOptimizer, laid out so. None: of the optimizer
+    whose state is not sharded."""
+    saved_again: bool = False
+    """Read and saved once more by torch.distributed.checkpoint, which cuts along the first axis."""
     local_norm_keys: bool = False
     """MoE norm saved as `mlp.linear_fc1.layer_norm_weight`, as megatron's local layer spec does;
     otherwise `pre_mlp_layernorm.weight`, as every TransformerEngine (GPU) run does."""
@@ -123,6 +132,12 @@ class Spec:
         """Whether every weight is saved: in torch_dcp all tensor-parallel ranks use the same
         names, so only the part of one of them is kept."""
         return not (self.format == "torch_dcp" and self.tp > 1)
+
+    @property
+    def oracle_weights(self) -> Literal["model", "optimizer"]:
+        """Where the oracle's weights lie; Megatron-FSDP saves the optimizer's as the model's."""
+        beside = self.main_weights and self.format != "fsdp_dtensor"
+        return "optimizer" if beside else "model"
 
     @property
     def oracle_dtype(self) -> DTypeName:
@@ -207,6 +222,23 @@ SPECS: dict[str, Spec] = {
         tokenizer_model="Qwen/Qwen3-0.6B",
         seed=32,
     ),
+    "qwen3-tp2-main-params": _DENSE.but(
+        tp=2, tied=True, main_weights=True, optimizer_entries=True, seed=33
+    ),
+    "qwen3-tp2-dp2-reshardable": _DENSE.but(
+        tp=2,
+        dp=2,
+        main_weights=True,
+        optimizer_entries=True,
+        distributed_optimizer="fully_reshardable",
+        seed=34,
+    ),
+    "qwen3-dp2-dp-zero": _DENSE.but(
+        dp=2, optimizer_entries=True, distributed_optimizer="dp_zero_gather_scatter", seed=35
+    ),
+    "qwen3-dp3-saved-again": _DENSE.but(
+        dp=3, saved_again=True, main_weights=True, optimizer_entries=True, seed=36
+    ),
     # Mixtures of experts.
     "qwen3_moe": _MOE.but(norm_topk_prob=False, seed=40),
     "qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, local_norm_keys=True, seed=41),
@@ -223,6 +255,35 @@ SPECS: dict[str, Spec] = {
         tp=2, per_layer_keys=True, common="common_state", seed=47
     ),
     "qwen3_moe-fp32-router": _MOE.but(fp32_router=True, iteration="release", seed=48),
+    "qwen3_moe-ep2-main-params": _MOE.but(
+        ep=2,
+        dp=2,
+        singleton_local_shards=True,
+        main_weights=True,
+        optimizer_entries=True,
+        seed=49,
+    ),
+    "qwen3_moe-ep2-reshardable": _MOE.but(
+        ep=2,
+        dp=4,
+        main_weights=True,
+        optimizer_entries=True,
+        distributed_optimizer="fully_reshardable",
+        fully_parallel_save=True,
+        seed=50,
+    ),
+    "qwen3_moe-tp2-ep2-dp-reshardable": _MOE.but(
+        tp=2,
+        ep=2,
+        etp=1,
+        optimizer_entries=True,
+        distributed_optimizer="dp_reshardable",
+        common="common_state",
+        seed=51,
+    ),
+    "qwen3_moe-ep2-dp4-saved-again": _MOE.but(
+        ep=2, dp=4, etp=1, per_layer_keys=True, saved_again=True, common="common_state", seed=52
+    ),
     # One torch.save file per rank.
     "torch-qwen3": _TORCH.but(tied=True, common="no_args", names="te", seed=60),
     "torch-qwen3-tp2": _TORCH.but(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,6 +37,24 @@ class Rank:
     tp: int
     etp: int
     ep: int
+
+
+def rank_of_this_process() -> Rank:
+    return Rank(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        etp=parallel_state.get_expert_tensor_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_rank(),
+    )
+
+
+def globally_named(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with the layer's number in the whole model, not in this stage."""
+
+    def global_number(match: re.Match[str]) -> str:
+        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+
+    for name, parameter in model.named_parameters():
+        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), parameter
 
 
 class HFTensors:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from mcorefs.formats.base import Checkpoint, refusal
+from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.formats.torch_legacy.files import FILE, directories
 from mcorefs.formats.torch_legacy.ranks import EMBEDDING, Ranks, arrange
 from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
@@ -33,8 +33,13 @@ class TorchLegacy:
         except OSError:
             return False
 
-    def index(self, path: Path) -> Checkpoint:
+    def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []
+        if weights == "optimizer":
+            problems.append(
+                "--weights optimizer: this format keeps the main parameters by number, in buffers "
+                "of each rank, which are not read; --weights model serves the model's own weights"
+            )
         ranks = arrange(path, problems)
         if ranks is None or problems:
             raise refusal(path, problems)
