@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -40,6 +41,7 @@ from tests.edited import copy, edit_metadata, rename
 NAMES = [name for name, spec in SPECS.items() if spec.format == "torch_dist"]
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
+EXPERTS = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,14 @@ def test_an_index_of_a_real_checkpoint(fixtures: Mapping[str, Fixture], name: st
     assert checkpoint.format == "torch_dist"
     metadata = pickle.loads((fixture.iteration / ".metadata").read_bytes())  # noqa: S301
     expected = {
-        fqn: (str(entry.properties.dtype), tuple(entry.size), len(entry.chunks))
+        fqn: (
+            str(entry.properties.dtype),
+            tuple(entry.size),
+            sum(0 not in chunk.sizes for chunk in entry.chunks),
+        )
         for fqn, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and not fqn.startswith("optimizer.")
+        if isinstance(entry, TensorStorageMetadata)
+        and not re.match(r"(chained_\d\.)?optimizer\.|rng_state", fqn)
     }
     assert {
         fqn: (f"torch.{tensor.dtype.torch}", tensor.shape, len(tensor.chunks))
@@ -212,10 +219,78 @@ def test_older_writers(
 
 
 def test_metadata_json_of_other_versions(iteration: Path) -> None:
-    for extra in ({}, {"common_backend": "torch", "common_backend_version": 1}, {"new": [1]}):
+    for extra in (
+        {},
+        {"common_backend": "torch", "common_backend_version": 1},
+        {"new": [1]},
+        {"sharded_backend_version": 7},
+    ):
         text = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, **extra}
         (iteration / "metadata.json").write_text(json.dumps(text))
         assert TorchDist().detect(iteration)
+
+
+@pytest.mark.parametrize(
+    ("name", "fqns"),
+    [
+        (
+            "qwen3_moe-tp2-ep2-dp-reshardable",
+            (
+                "chained_0.optimizer.distributed.dp_group_idx_0.optimizer/shard_0_1",
+                "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0."
+                "dtype_(torch.bfloat16, torch.bfloat16).bucket_idx_0.exp_avg_sq",
+            ),
+        ),
+        (
+            "qwen3-tp2-dp2-reshardable",
+            ("optimizer.state.param.decoder.layers.mlp.linear_fc2.weight",),
+        ),
+        (
+            "qwen3-dp2-dp-zero",
+            ("optimizer.distributed.dp_group_idx_0.param_state/shard_0_1",),
+        ),
+        (
+            "qwen3-tp2-main-params",
+            ("optimizer.state.fp32_param.decoder.final_layernorm.weight",),
+        ),
+    ],
+)
+def test_optimizers_are_left_aside(
+    fixtures: Mapping[str, Fixture], name: str, fqns: tuple[str, ...]
+) -> None:
+    iteration = fixtures[name].iteration
+    metadata = pickle.loads((iteration / ".metadata").read_bytes())  # noqa: S301
+    held = metadata.state_dict_metadata
+    assert set(fqns) <= set(held)
+    kept = sum(bool(re.match(r"(chained_\d\.)?optimizer\.", fqn)) for fqn in held)
+    checkpoint = index(iteration)
+    assert checkpoint.skipped["optimizer"] == kept
+    assert all(fqn.startswith(("decoder.", "embedding.", "output_")) for fqn in checkpoint.tensors)
+
+
+def test_what_torch_saved_once_more_has_the_args_in_pieces(
+    fixtures: Mapping[str, Fixture],
+) -> None:
+    checkpoint = index(fixtures["qwen3_moe-ep2-dp4-saved-again"].iteration)
+    assert checkpoint.args["num_experts"] == 8
+    assert checkpoint.args_source.startswith("common_state/shard_0_1.0.args in ")
+    sizes = {
+        fqn: {chunk.box.sizes[0] for chunk in index(fixtures[name].iteration).tensors[fqn].chunks}
+        for name, fqn in (
+            ("qwen3_moe-ep2-dp4-saved-again", EXPERTS),
+            ("qwen3-dp3-saved-again", QKV),
+        )
+    }
+    assert sizes == {EXPERTS: {2}, QKV: {2}}
+
+
+def test_weights_inside_of_a_wrapper(iteration: Path, fixtures: Mapping[str, Fixture]) -> None:
+    """NeMo 2 writes `module.` before every name."""
+    rename(iteration, lambda fqn: f"module.{fqn}" if not fqn.startswith("rng_state") else fqn)
+    fixture = fixtures["qwen3-tp2"]
+    tree, _ = build(load(iteration, Options()), fixture.spec.hf_max_shard_size or 0, 1 << 20)
+    for path in fixture.hf.glob("*.safetensors"):
+        assert read_all(tree.files[path.name]) == path.read_bytes()
 
 
 def test_empty_tensors_and_empty_chunks(iteration: Path) -> None:
