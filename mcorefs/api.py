@@ -15,10 +15,9 @@ from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
 from mcorefs.files import VirtualFile
 from mcorefs.mapping.plan import HfTensor
-from mcorefs.memory import cache_budget
-from mcorefs.model import Options, load
+from mcorefs.model import Options
 from mcorefs.reader import Reader
-from mcorefs.tree import build
+from mcorefs.tree import open_tree
 from mcorefs.views import Array
 
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     *,
     framework: Framework = "pt",
     iteration: int | None = None,
+    format: str | None = None,  # noqa: A002 (as the option)
     family: str | None = None,
     hf_config: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | None = None,
@@ -54,23 +54,25 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     """
     options = Options(
         iteration=iteration,
+        format=format,
         family=family,
         hf_config=None if hf_config is None else Path(hf_config),
         tokenizer=None if tokenizer is None else Path(tokenizer),
         vocab_size=vocab_size,
         dtype=dtype,
         weights=weights,
+        shard_size=shard_size,
+        cache_bytes=cache_size,
     )
-    budget = cache_budget(cache_size)
-    model = load(Path(path), options)
-    tree, reader = build(model, shard_size, budget)
+    opened = open_tree(Path(path), options)
+    source = opened.source
     return Checkpoint(
         framework,
-        tree.files,
-        model.config,
-        model.remarks,
-        reader,
-        {t.name: t for t in model.tensors},
+        opened.tree.files,
+        source.config,
+        source.remarks,
+        opened.reader,
+        {tensor.name: tensor for tensor in source.tensors},
     )
 
 

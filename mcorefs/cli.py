@@ -8,16 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from mcorefs import wording
 from mcorefs.errors import McorefsError
-from mcorefs.memory import cache_budget
-from mcorefs.model import DTYPES, WEIGHTS, Model, Options, load
+from mcorefs.formats import NAMES
+from mcorefs.model import DTYPES, WEIGHTS, Options
+
+if TYPE_CHECKING:
+    from mcorefs.tree import Source
 
 app = typer.Typer(
     name="mcorefs",
@@ -50,6 +54,14 @@ Iteration = Annotated[
     int | None,
     typer.Option(
         "--iteration", metavar="N", help="Which iteration; else the one its tracker file names."
+    ),
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="The format to read, where there are several: " + ", ".join(NAMES) + ".",
     ),
 ]
 FamilyName = Annotated[
@@ -114,6 +126,7 @@ def mount(
     ckpt: Ckpt,
     mnt: Annotated[Path, typer.Argument(metavar="MNT", help="An empty directory.")],
     iteration: Iteration = None,
+    format_name: FormatName = None,
     family: FamilyName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
@@ -148,7 +161,7 @@ def mount(
     Everything that is wrong with the checkpoint is reported at once, before anything is mounted.
     """
     from mcorefs.mount import MountOptions, check_fuse, check_mountpoint, serve
-    from mcorefs.tree import build
+    from mcorefs.tree import open_tree
 
     started = time.monotonic()
     mount_options = MountOptions(
@@ -156,27 +169,26 @@ def mount(
     )
     check_fuse(allow_other)
     check_mountpoint(mnt)
-    model = load(
-        ckpt,
-        _options(
-            iteration,
-            family,
-            hf_config,
-            tokenizer,
-            require_tokenizer,
-            vocab_size,
-            dtype,
-            weights,
-        ),
+    options = _options(
+        iteration,
+        family,
+        hf_config,
+        tokenizer,
+        require_tokenizer,
+        vocab_size,
+        dtype,
+        weights,
+        format_name,
     )
-    tree, _ = build(model, shard_size, cache_budget(cache_size))
+    opened = open_tree(ckpt, replace(options, shard_size=shard_size, cache_bytes=cache_size))
+    source, tree = opened.source, opened.tree
     if foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
 
     def ready() -> None:
-        files = sum(name.endswith(".safetensors") for name in tree.files)
-        _say(f"{wording.summary(model)} in {wording.count(files, 'file')}, at {mnt}")
-        _remarks(model)
+        files = sum(name.endswith((".safetensors", ".bin")) for name in tree.files)
+        _say(f"{wording.summary(source)} in {wording.count(files, 'file')}, at {mnt}")
+        _remarks(source)
         _say(wording.how_to_load(mnt))
         _say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
 
@@ -201,6 +213,7 @@ def materialize(
         Path, typer.Argument(metavar="OUT", help="An empty directory, or one to be made.")
     ],
     iteration: Iteration = None,
+    format_name: FormatName = None,
     family: FamilyName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
@@ -219,24 +232,23 @@ def materialize(
     Interrupted, it goes on where it stopped when it is called again.
     """
     from mcorefs.materialize import materialize as write
-    from mcorefs.tree import build
+    from mcorefs.tree import open_tree
 
     started = time.monotonic()
-    model = load(
-        ckpt,
-        _options(
-            iteration,
-            family,
-            hf_config,
-            tokenizer,
-            require_tokenizer,
-            vocab_size,
-            dtype,
-            weights,
-        ),
+    options = _options(
+        iteration,
+        family,
+        hf_config,
+        tokenizer,
+        require_tokenizer,
+        vocab_size,
+        dtype,
+        weights,
+        format_name,
     )
-    tree, _ = build(model, shard_size, cache_budget(None))
-    _remarks(model)
+    opened = open_tree(ckpt, replace(options, shard_size=shard_size))
+    source, tree = opened.source, opened.tree
+    _remarks(source)
     total = sum(file.size for file in tree.files.values())
     with _progress("Writing", total) as advance:
         written = write(tree, out_directory, threads, advance)
@@ -244,7 +256,7 @@ def materialize(
     speed = (written.total_bytes - written.resumed_bytes) / 1e9 / seconds
     files = wording.count(written.files, "file")
     _say(
-        f"{wording.summary(model)} written to {out_directory}: {files} in {seconds:.1f} s "
+        f"{wording.summary(source)} written to {out_directory}: {files} in {seconds:.1f} s "
         f"({speed:.2f} GB/s)"
     )
 
@@ -254,6 +266,7 @@ def inspect(
     ckpt: Ckpt,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     iteration: Iteration = None,
+    format_name: FormatName = None,
     family: FamilyName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
@@ -266,10 +279,10 @@ def inspect(
     """
     from mcorefs.inspection import inspect as look
 
-    found = look(
-        ckpt,
-        _options(iteration, family, hf_config, tokenizer, False, vocab_size, None, weights),
+    options = _options(
+        iteration, family, hf_config, tokenizer, False, vocab_size, None, weights, format_name
     )
+    found = look(ckpt, options)
     if as_json:
         out.print(json.dumps(found.to_json(), indent=2))
     else:
@@ -286,6 +299,7 @@ def verify(
         Path, typer.Argument(metavar="HF_DIR", help="A directory of safetensors files.")
     ],
     iteration: Iteration = None,
+    format_name: FormatName = None,
     family: FamilyName = None,
     hf_config: HfConfig = None,
     vocab_size: VocabSize = None,
@@ -296,17 +310,17 @@ def verify(
 
     Exits with 1 if they differ.
     """
-    from mcorefs.reader import Reader
-    from mcorefs.storage import Storage
+    from mcorefs.tree import open_tree
     from mcorefs.verify import verify as compare
 
-    model = load(
-        ckpt, _options(iteration, family, hf_config, None, False, vocab_size, dtype, weights)
+    options = _options(
+        iteration, family, hf_config, None, False, vocab_size, dtype, weights, format_name
     )
-    reader = Reader(Storage(model.checkpoint.files), cache_budget(None))
-    total = sum(tensor.nbytes for tensor in model.tensors)
+    opened = open_tree(ckpt, options)
+    source = opened.source
+    total = sum(tensor.nbytes for tensor in source.tensors)
     with _progress("Comparing", total) as advance:
-        verdict = compare(model.tensors, model.config, reader, hf_dir, advance)
+        verdict = compare(source.tensors, source.config, opened.reader, hf_dir, advance)
     for difference in verdict.config:
         _say(f"config.json: {difference.name} {difference.problem}")
     for difference in verdict.differences:
@@ -343,9 +357,11 @@ def _options(
     vocab_size: int | None,
     dtype: str | None,
     weights: str,
+    format_name: str | None,
 ) -> Options:
     return Options(
         iteration=iteration,
+        format=format_name,
         family=family,
         hf_config=hf_config,
         tokenizer=tokenizer,
@@ -360,11 +376,11 @@ def _say(text: str) -> None:
     out.print(wording.printable(text))
 
 
-def _remarks(model: Model) -> None:
-    for remark in model.remarks:
+def _remarks(source: Source) -> None:
+    for remark in source.remarks:
         _say(f"  note: {remark}")
-    if not model.tokenizer.found:
-        err.print(wording.printable(wording.no_tokenizer(model)), style="bold yellow")
+    if not source.tokenizer.found:
+        err.print(wording.printable(wording.no_tokenizer(source)), style="bold yellow")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     McorefsError                 a person can act on it; `cli` prints it and exits 1
     ├── CheckpointError          the checkpoint cannot be opened: what, where, found versus expected
+    │   └── NoWeightsError       it is whole, but no weights of a model are in it
     ├── MappingError             all mapping problems of one checkpoint, reported together
     ├── MountError               no FUSE, mountpoint busy, missing, ...
     ├── OutputError              materialize: not enough space, OUT not empty, ...
@@ -22,6 +23,10 @@ class McorefsError(Exception):
 
 class CheckpointError(McorefsError):
     """The checkpoint cannot be opened."""
+
+
+class NoWeightsError(CheckpointError):
+    """The checkpoint is whole but holds no weights: only an optimizer, or only arguments."""
 
 
 class MappingError(McorefsError):

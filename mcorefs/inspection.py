@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from mcorefs.errors import CheckpointError, MappingError
-from mcorefs.formats import Checkpoint
-from mcorefs.locate import locate
-from mcorefs.model import Model, Options, load, which_weights
+from mcorefs.errors import CheckpointError, MappingError, NoWeightsError
+from mcorefs.formats import HUGGINGFACE, Checkpoint
+from mcorefs.locate import Location, locate
+from mcorefs.model import Model, Options, which_weights
+from mcorefs.passthrough import instead
+from mcorefs.tree import Source, source_at
 
 PARALLEL: Mapping[str, str] = {
     "TP": "tensor_model_parallel_size",
@@ -80,17 +82,26 @@ def inspect(path: Path, options: Options) -> Inspection:
         tuple(location.incomplete),
     )
     try:
-        checkpoint = location.format.index(location.path, which_weights(options.weights))
+        location, checkpoint = _index(location, options)
     except CheckpointError as error:
         return replace(found, problems=(str(error),))
+    found = replace(found, path=str(location.path), format=location.format.name)
     found = _of_checkpoint(found, checkpoint)
     try:
-        return _of_model(found, load(path, options))
+        return _of_source(found, source_at(location, options))
     except MappingError as error:
         summary = str(error).partition("\n")[0]
         return replace(found, problems=(summary, *error.problems))
     except CheckpointError as error:
         return replace(found, problems=(str(error),))
+
+
+def _index(location: Location, options: Options) -> tuple[Location, Checkpoint]:
+    """Where the weights really are, and what is there."""
+    try:
+        return location, location.format.index(location.path, which_weights(options.weights))
+    except NoWeightsError as error:
+        return instead(location, error), HUGGINGFACE.index(instead(location, error).path)
 
 
 def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
@@ -107,19 +118,27 @@ def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def _of_model(found: Inspection, model: Model) -> Inspection:
+def _of_source(found: Inspection, source: Source) -> Inspection:
     dtypes: dict[str, int] = {}
-    for tensor in model.tensors:
+    for tensor in source.tensors:
         dtypes[tensor.dtype.name] = dtypes.get(tensor.dtype.name, 0) + 1
+    found = replace(
+        found,
+        architecture=source.architecture,
+        dtypes=dtypes,
+        tokenizer=source.tokenizer.source if source.tokenizer.found else None,
+        remarks=source.remarks,
+    )
+    if source.tensors:
+        sizes = [(tensor.nbytes, tensor.dtype.itemsize) for tensor in source.tensors]
+        parameters = sum(nbytes // itemsize for nbytes, itemsize in sizes)
+        total = sum(nbytes for nbytes, _ in sizes)
+        found = replace(found, parameters=parameters, total_bytes=total)
+    if not isinstance(source, Model):
+        return replace(found, args_source=None)
     return replace(
         found,
-        architecture=model.choice.family.architecture,
-        evidence=model.choice.evidence,
-        trainer=model.companions.trainer,
-        args_source=model.companions.args_source,
-        parameters=sum(tensor.nbytes // tensor.dtype.itemsize for tensor in model.tensors),
-        total_bytes=sum(tensor.nbytes for tensor in model.tensors),
-        dtypes=dtypes,
-        tokenizer=model.tokenizer.source if model.tokenizer.found else None,
-        remarks=model.remarks,
+        evidence=source.choice.evidence,
+        trainer=source.companions.trainer,
+        args_source=source.companions.args_source,
     )

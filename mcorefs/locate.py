@@ -26,7 +26,7 @@ from mcorefs.explain import (
 )
 from mcorefs.formats import HUGGINGFACE, NAMES, Format, detect, matching
 
-__all__ = ["TRACKER", "Location", "locate"]
+__all__ = ["TRACKER", "Location", "is_root", "locate"]
 
 _ITERATION = re.compile(rf"iter_([0-9]{{7,}})|{steps.STEP.pattern}")
 
@@ -83,7 +83,7 @@ def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
     if _place(path, name) is not None:
         return _open(path, iteration, name)
     children(path)  # says why if it cannot be looked at
-    if _is_root(path):
+    if is_root(path):
         return _open(path, iteration, name)
     if _names_iteration(path.name) and _saved_beside(path.parent, [path.name], name):
         return _in_root(path.parent, _number(path.name), name)
@@ -120,7 +120,7 @@ def _absolute(path: Path) -> Path:
             above = path.parent
             if LOCAL.fullmatch(path.name):
                 raise CheckpointError(f"{above} {LOCAL_REFUSED}")
-            is_checkpoint = _is_root(above) or _place(above, None) is not None
+            is_checkpoint = is_root(above) or _place(above, None) is not None
             what = (
                 f"the directory above it, {above}"
                 if is_checkpoint
@@ -196,7 +196,8 @@ def _iterations(root: Path) -> list[str]:
     return names
 
 
-def _is_root(path: Path) -> bool:
+def is_root(path: Path) -> bool:
+    """Whether iterations are kept in `path`."""
     return is_file(path / TRACKER) or bool(_iterations(path))
 
 
@@ -216,7 +217,7 @@ def _below(path: Path, name: str | None) -> list[Path]:
 def _is_checkpoint(path: Path, name: str | None) -> bool:
     if name == HUGGINGFACE.name:
         return HUGGINGFACE.detect(path)
-    return _is_root(path) or _place(path, name) is not None
+    return is_root(path) or _place(path, name) is not None
 
 
 def _in_root(root: Path, iteration: int | None, name: str | None) -> Location:

@@ -66,16 +66,24 @@ class Model:
     remarks: tuple[str, ...]
     """What the user should know: what was assumed, cut, kept or not found."""
 
+    @property
+    def architecture(self) -> str:
+        return self.choice.family.architecture
+
 
 def load(path: Path, options: Options) -> Model:
     """The model in the checkpoint at `path`. Reads metadata only, no tensor data.
 
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
+    return load_at(locate(path, options.iteration, options.format), options)
+
+
+def load_at(location: Location, options: Options) -> Model:
+    """`load`, of what was located."""
     weights = which_weights(options.weights)
     named = options.dtype or ("float32" if weights == "optimizer" else None)
     dtype = _dtype(named)
-    location = locate(path, options.iteration, options.format)
     if location.format is HUGGINGFACE:
         raise CheckpointError(
             f"{location.path} is a Hugging Face model directory already: no conversion is needed, "

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from mcorefs import passthrough
+from mcorefs.errors import NoWeightsError
 from mcorefs.files import BytesFile, VirtualFile
+from mcorefs.formats import HUGGINGFACE
 from mcorefs.layout import INDEX, lay_out
+from mcorefs.locate import Location, locate
 from mcorefs.mapping.config import dump
-from mcorefs.model import Model
+from mcorefs.memory import cache_budget
+from mcorefs.model import Model, Options, load_at
+from mcorefs.passthrough import Passthrough
 from mcorefs.reader import Reader, SafetensorsFile
-from mcorefs.storage import Storage
+from mcorefs.storage import FileIdentity, Storage
+
+Source = Model | Passthrough
+"""What a tree is made of: a checkpoint to present, or a model directory to pass on."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +37,62 @@ class VirtualTree:
     """Names, sizes and times of the shard files behind it: the same text, the same bytes."""
 
 
-def build(model: Model, shard_size: int | str, cache_bytes: int) -> tuple[VirtualTree, Reader]:
-    """The tree of `model`, and the reader behind its tensor files. Reads no tensor data."""
-    storage = Storage(model.checkpoint.files)
+@dataclass(frozen=True)
+class Opened:
+    """A path that a user gave, ready to be served."""
+
+    source: Source
+    tree: VirtualTree
+    reader: Reader
+    """Behind the tensors of `source` and the files of `tree`."""
+
+
+def open_tree(path: Path, options: Options) -> Opened:
+    """The tree of whatever is at `path`. Reads no tensor data.
+
+    Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
+    """
+    source = source_at(locate(path, options.iteration, options.format), options)
+    tree, reader = build(source, options.shard_size, cache_budget(options.cache_bytes))
+    return Opened(source, tree, reader)
+
+
+def source_at(location: Location, options: Options) -> Source:
+    """What is at `location`, or what its trainer saved instead of weights."""
+    if location.format is not HUGGINGFACE:
+        try:
+            return load_at(location, options)
+        except NoWeightsError as error:
+            location = passthrough.instead(location, error)
+    return passthrough.read(location, options)
+
+
+def build(source: Source, shard_size: int | str, cache_bytes: int) -> tuple[VirtualTree, Reader]:
+    """The tree of `source`, and the reader behind it. Reads no tensor data."""
+    if isinstance(source, Passthrough):
+        identities = dict(source.files.values())
+        storage = Storage(identities)
+        return _tree(source.serve(storage), identities), Reader(storage, cache_bytes)
+    storage = Storage(source.checkpoint.files)
     reader = Reader(storage, cache_bytes)
-    layouts, index = lay_out(model.tensors, shard_size)
+    layouts, index = lay_out(source.tensors, shard_size)
     files: dict[str, VirtualFile] = {
-        "config.json": BytesFile(dump(model.config)),
-        "generation_config.json": BytesFile(model.generation_config),
+        "config.json": BytesFile(dump(source.config)),
+        "generation_config.json": BytesFile(source.generation_config),
     }
-    for name, data in model.tokenizer.files.items():
+    for name, data in source.tokenizer.files.items():
         files[name] = BytesFile(data)
     for name, layout in layouts.items():
         files[name] = SafetensorsFile(layout, reader)
     if index is not None:
         files[INDEX] = BytesFile(index)
-    shards = model.checkpoint.files
-    mtime_ns = max(identity.mtime_ns for identity in shards.values())
+    return _tree(files, source.checkpoint.files), reader
+
+
+def _tree(files: Mapping[str, VirtualFile], real: Mapping[str, FileIdentity]) -> VirtualTree:
+    """`files`, which are made of the bytes of `real` files."""
+    mtime_ns = max(identity.mtime_ns for identity in real.values())
     source = "".join(
-        f"{path} {identity.size} {identity.mtime_ns}\n" for path, identity in sorted(shards.items())
+        f"{path} {identity.size} {identity.mtime_ns}\n" for path, identity in sorted(real.items())
     )
-    return VirtualTree(dict(sorted(files.items())), mtime_ns, source), reader
+    return VirtualTree(dict(sorted(files.items())), mtime_ns, source)

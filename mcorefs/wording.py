@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mcorefs.formats import HUGGINGFACE
 from mcorefs.inspection import Inspection
-from mcorefs.model import Model
+from mcorefs.passthrough import Passthrough
+from mcorefs.tree import Source
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -45,16 +47,18 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def summary(model: Model) -> str:
-    total = sum(tensor.nbytes for tensor in model.tensors)
-    elements = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in model.tensors)
-    return (
-        f"{model.choice.family.architecture} from {model.location.path}: "
-        f"{parameters(elements)} parameters, {size(total)}"
-    )
+def summary(source: Source) -> str:
+    what = f"{source.architecture} from {source.location.path}: "
+    if not source.tensors:  # pickled weights, which nobody looks into
+        return what + size(sum(file.size for file in source.checkpoint.files.values()))
+    total = sum(tensor.nbytes for tensor in source.tensors)
+    elements = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in source.tensors)
+    return f"{what}{parameters(elements)} parameters, {size(total)}"
 
 
-def no_tokenizer(model: Model) -> str:
+def no_tokenizer(model: Source) -> str:
+    if isinstance(model, Passthrough):
+        return f"  WARNING: {model.location.path} holds no tokenizer; copy its files there."
     return (
         "  WARNING: no tokenizer. The weights are complete, but text cannot be read or written.\n"
         f"  Looked in: {model.tokenizer.source}\n"
@@ -95,11 +99,16 @@ def inspection(found: Inspection) -> Iterator[tuple[str, str]]:
     )
     yield from ((label, text) for label, text in lines if text)
     if found.architecture:
-        yield "tokenizer", found.tokenizer or "none found (give it with --tokenizer DIR)"
+        yield "tokenizer", found.tokenizer or _no_tokenizer(found)
     yield from (("note", remark) for remark in found.remarks)
     yield from (("PROBLEM", problem) for problem in found.problems)
     if not found.problems:
         yield "verdict", "whole; can be mounted"
+
+
+def _no_tokenizer(found: Inspection) -> str:
+    passed_on = found.format == HUGGINGFACE.name
+    return "none found" if passed_on else "none found (give it with --tokenizer DIR)"
 
 
 def _pairs(values: Mapping[str, int]) -> str:

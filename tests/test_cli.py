@@ -95,6 +95,27 @@ def test_the_tree_of_a_mount_is_what_materialize_writes(
     assert "not empty" in mcorefs("materialize", fixtures[MOE].root, tmp_path / "out", status=1)
 
 
+def test_a_hugging_face_directory_is_passed_on(
+    fixtures: dict[str, Fixture], mnt: Path, tmp_path: Path
+) -> None:
+    hf = fixtures[MOE].hf
+    said = mcorefs("mount", hf, mnt)
+    assert f"Qwen3MoeForCausalLM from {hf}: 434,496 parameters, 869.0 kB in 9 files" in said
+    assert "is a Hugging Face model directory already: served as it is" in said
+    assert f"WARNING: {hf} holds no tokenizer" in said
+    subprocess.run(["diff", "-r", str(hf), str(mnt)], check=True)
+    mcorefs("umount", mnt)
+    said = mcorefs("materialize", hf, tmp_path / "out")
+    subprocess.run(["diff", "-r", str(hf), str(tmp_path / "out")], check=True)
+    assert "135 tensors equal, 0 different" in mcorefs("verify", hf, tmp_path / "out")
+    found = json.loads(mcorefs("inspect", "--json", hf))
+    assert (found["format"], found["problems"]) == ("huggingface", [])
+    assert "none found\n" in mcorefs("inspect", hf)
+    refused = mcorefs("mount", hf, mnt, "--dtype", "float16", "--vocab-size", 7, status=1)
+    assert "--dtype cannot be given for a Hugging Face model directory" in refused
+    assert "--vocab-size cannot be given" in refused
+
+
 def test_no_tokenizer_cannot_be_missed(fixtures: dict[str, Fixture], mnt: Path) -> None:
     root = fixtures[PLAIN].root
     said = mcorefs("mount", root, mnt)
@@ -158,8 +179,8 @@ def test_verify(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
 
 
 def test_wrong_places_and_options(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
-    assert "is a Hugging Face model directory already" in mcorefs(
-        "inspect", fixtures[MOE].hf, status=1
+    assert "expected one of torch_dist, torch, fsdp_dtensor, huggingface" in mcorefs(
+        "inspect", fixtures[MOE].hf, "--format", "zip", status=1
     )
     assert f"{tmp_path} is empty" in mcorefs("inspect", tmp_path, status=1)
     assert "does not exist" in mcorefs("inspect", tmp_path / "absent", status=1)

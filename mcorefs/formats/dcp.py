@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
-from mcorefs.errors import CheckpointError
+from mcorefs.errors import CheckpointError, NoWeightsError
 from mcorefs.formats.base import WeightsFrom, reading, training_args
 from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
@@ -62,7 +62,7 @@ def read_directory(
 ) -> Contents:
     """The weights in the checkpoint directory `path`; whatever is wrong is added to `problems`.
 
-    `also`: fqns of entries that are no weights but whose place is wanted.
+    `also`: fqns of entries that are no weights but whose place is wanted. Raises NoWeightsError.
     """
     metadata = read_metadata(path / ".metadata")
     model: dict[str, object] = {}
@@ -92,8 +92,8 @@ def read_directory(
             tensors[name] = tensor if fqn == name else replace(tensor, fqn=name)
         problems.extend([problem] if problem else [])
     files = storage.check_files(problems)
-    if not tensors and not problems:
-        problems.append(_no_weights(skipped))
+    if not model:
+        raise NoWeightsError(f"{path} cannot be opened: {_no_weights(skipped)}")
     return Contents(tensors, storage, files, dict(skipped), sharded_objects, remarks)
 
 

@@ -89,6 +89,15 @@ def find(
     return _vocab_and_merges(args) or _missing(looked, args)
 
 
+def within(directory: Path) -> Tokenizer:
+    """Whether `directory` itself holds a tokenizer, whose files are served from there."""
+    try:
+        files = _of_directory(directory)
+    except OSError as problem:
+        files = f"cannot be read ({problem.strerror})"
+    return Tokenizer({}, str(directory), not isinstance(files, str), {})
+
+
 def _places(
     checkpoint: Path, reference: Path | None, args: Mapping[str, object], beside: Sequence[Path]
 ) -> Iterator[Path]:
