@@ -7,6 +7,7 @@ nothing of tensors.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,16 @@ class Companions:
     """Places where its tokenizer is, the best first; they need not exist."""
     remarks: tuple[str, ...] = ()
     """What the user should know."""
+
+
+def is_model_directory(path: Path) -> bool:
+    """Whether the config.json of a model lies in `path`; other programs use that name too."""
+    try:
+        with (path / "config.json").open("rb") as file:
+            config = json.loads(file.read(1 << 24))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 class Trainer(Protocol):
