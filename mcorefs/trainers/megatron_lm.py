@@ -1,4 +1,4 @@
-"""Megatron-LM, and whoever saves its arguments as it does (ms-swift, Pai-Megatron-Patch)."""
+"""Megatron-LM, and whoever saves its arguments as it does (Pai-Megatron-Patch)."""
 
 from __future__ import annotations
 
