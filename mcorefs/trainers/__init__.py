@@ -5,12 +5,19 @@ from __future__ import annotations
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
 from mcorefs.trainers.base import Companions, Trainer
+from mcorefs.trainers.megatron_bridge import MegatronBridge
 from mcorefs.trainers.megatron_lm import MegatronLM
 from mcorefs.trainers.ms_swift import MsSwift
 from mcorefs.trainers.slime import Slime
 from mcorefs.trainers.verl import Verl
 
-TRAINERS: tuple[Trainer, ...] = (Verl(), MsSwift(), Slime(), MegatronLM())
+TRAINERS: tuple[Trainer, ...] = (
+    Verl(),
+    MegatronBridge(),
+    MsSwift(),
+    Slime(),
+    MegatronLM(),
+)
 
 __all__ = ["TRAINERS", "Companions", "Trainer", "companions"]
 

@@ -13,20 +13,18 @@ save_checkpoint, swift/arguments/base_args/base_args.py save_args.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
 from mcorefs.steps import read_json
 from mcorefs.trainers.base import Companions, is_model_directory
+from mcorefs.trainers.hub import local_copies
 
 ARGS = "args.json"
 _LEVELS = 2
 """Directories above the iterations in which `args.json` is looked for too."""
-_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 _MODEL_TYPES: Mapping[str, str] = {
     "qwen3_moe_thinking": "qwen3_moe",
     "qwen3_coder": "qwen3_moe",
@@ -51,7 +49,7 @@ class MsSwift:
         named = [name for key in ("model_dir", "model") if isinstance(name := found.get(key), str)]
         directories = tuple(
             place
-            for place in dict.fromkeys((location.path, location.root, *_places(named)))
+            for place in dict.fromkeys((location.path, location.root, *local_copies(named)))
             if is_model_directory(place)
         )
         remarks: tuple[str, ...] = ()
@@ -79,22 +77,3 @@ def _args(root: Path) -> dict[str, object] | None:
         if found is not None and {"model", "model_type", "template"} <= set(found):
             return found  # 3.x, before the version was recorded
     return None
-
-
-def _places(named: list[str]) -> Iterator[Path]:
-    """Where on this machine the model may lie that goes by these names, the likeliest first."""
-    for name in named:
-        if os.path.isabs(name) and "\0" not in name:
-            yield Path(name)
-    home = Path.home() / ".cache"
-    modelscope = Path(os.environ.get("MODELSCOPE_CACHE") or home / "modelscope" / "hub")
-    hub = os.environ.get("HF_HUB_CACHE")
-    huggingface = Path(hub or Path(os.environ.get("HF_HOME") or home / "huggingface") / "hub")
-    for name in named:
-        if _HUB_NAME.fullmatch(name):
-            # ModelScope's client writes "." in a name as "___".
-            for spelled in (name, name.replace(".", "___")):
-                yield modelscope / "models" / spelled
-                yield modelscope / spelled
-            snapshots = huggingface / f"models--{name.replace('/', '--')}" / "snapshots"
-            yield from sorted(snapshots.glob("*"), reverse=True)
