@@ -26,8 +26,11 @@ MAX_PLAIN = 1_000_000
 MAX_PLAIN_DEPTH = 50
 
 
-class Inert(Built):
-    """An object of a class that mcorefs does not construct: what the pickle said, as data."""
+class Inert(Built, Name):
+    """An object of a class that mcorefs does not construct: what the pickle said, as data.
+
+    Called (bound methods are pickled as a call of getattr), it gives another.
+    """
 
     __slots__ = ("args", "items", "name", "state")
 
@@ -37,6 +40,9 @@ class Inert(Built):
         self.args = args
         self.state: object = None
         self.items: list[object] = []
+
+    def call(self, args: tuple[object, ...]) -> Inert:
+        return Inert(self.name, (self, *args))
 
     def set_state(self, state: object) -> None:
         self.state = state

@@ -1,24 +1,19 @@
 """What Megatron-Bridge leaves: `run_config.yaml` beside real shards.
 
-Megatron-Bridge needs TransformerEngine, so the file is a stand-in: the fields of the real
-TransformerConfig that the shards were trained with, written as its `ConfigContainer.to_yaml` does
-(representers: Megatron-LM:megatron/training/config/yaml_utils.py), with its provider's own.
+Megatron-Bridge needs TransformerEngine, so the file is a stand-in (`tests.providers`), written as
+its `ConfigContainer.to_yaml` does.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from megatron.core.transformer import TransformerConfig
 from transformers import AutoConfig
 
 from mcorefs.errors import CheckpointError, MappingError
@@ -27,8 +22,9 @@ from mcorefs.model import Options, load
 from mcorefs.trainers import plain_yaml
 from mcorefs.trainers.plain_yaml import read_yaml
 from mcorefs.tree import build
-from tests.checkpoints import Fixture, Spec, ensure
+from tests.checkpoints import Fixture, ensure
 from tests.edited import copy
+from tests.providers import Dumper, provider
 
 DENSE, MOE = "qwen3-tied", "qwen3_moe-tp2-ep2-etp1"
 
@@ -36,70 +32,6 @@ DENSE, MOE = "qwen3-tied", "qwen3_moe-tp2-ep2-etp1"
 @pytest.fixture(scope="module")
 def fixtures() -> dict[str, Fixture]:
     return ensure([DENSE, MOE])
-
-
-def provider(spec: Spec) -> dict[str, Any]:
-    """The `model` section."""
-    moe: dict[str, Any] = {}
-    if spec.is_moe:
-        moe = {
-            "num_moe_experts": spec.experts,
-            "moe_router_topk": spec.topk,
-            "moe_ffn_hidden_size": spec.moe_ffn,
-            "moe_aux_loss_coeff": 0.001,
-            "moe_router_pre_softmax": not spec.norm_topk_prob,
-        }
-    config = TransformerConfig(
-        num_layers=spec.layers,
-        hidden_size=spec.hidden,
-        ffn_hidden_size=spec.ffn,
-        num_attention_heads=spec.heads,
-        num_query_groups=spec.kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_eps,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=spec.tp,
-        expert_model_parallel_size=spec.ep,
-        params_dtype=torch.bfloat16,
-        bf16=True,
-        **moe,
-    )
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    return {
-        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
-        **fields,
-        "rotary_base": spec.rope_theta,
-        "rotary_percent": 1.0,
-        "position_embedding_type": "rope",
-        "seq_length": spec.max_positions,
-        "share_embeddings_and_output_weights": spec.tied,
-        "vocab_size": spec.vocab_size,
-        "make_vocab_size_divisible_by": spec.vocab_divisible_by,
-        "generation_config": None,
-        "hf_model_id": "Qwen/Qwen3-0.6B",
-    }
-
-
-class Dumper(yaml.SafeDumper):
-    """With the representers of Megatron-LM."""
-
-
-def _object(dumper: yaml.SafeDumper, value: object) -> yaml.Node:
-    if isinstance(value, Enum):
-        named: dict[str, object] = {"_call_": True, "_args_": [value.value], "_name_": value.name}
-        named["_target_"] = type(value).__qualname__
-        return dumper.represent_data(named)
-    name = str(value) if isinstance(value, torch.dtype) else getattr(value, "__qualname__", None)
-    kind = type(value).__qualname__
-    return dumper.represent_data({"_target_": name or kind, "_call_": name is None})
-
-
-Dumper.add_multi_representer(object, _object)
 
 
 def saved(fixture: Fixture, directory: Path, **changes: object) -> Path:

@@ -8,6 +8,7 @@ from mcorefs.trainers.base import Companions, Trainer
 from mcorefs.trainers.megatron_bridge import MegatronBridge
 from mcorefs.trainers.megatron_lm import MegatronLM
 from mcorefs.trainers.ms_swift import MsSwift
+from mcorefs.trainers.nemo import NeMo
 from mcorefs.trainers.slime import Slime
 from mcorefs.trainers.verl import Verl
 
@@ -15,6 +16,7 @@ TRAINERS: tuple[Trainer, ...] = (
     Verl(),
     MegatronBridge(),
     MsSwift(),
+    NeMo(),
     Slime(),
     MegatronLM(),
 )

@@ -1,0 +1,81 @@
+"""How a model was built, as Megatron-Bridge and NeMo write it down: stand-ins for their YAML files.
+
+The fields are those of the real TransformerConfig, and the representers do as those of
+Megatron-LM:megatron/training/config/yaml_utils.py, which both use or copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+from typing import Any
+
+import torch
+import yaml
+from megatron.core.transformer import TransformerConfig
+
+from tests.checkpoints import Spec
+
+
+def provider(spec: Spec) -> dict[str, Any]:
+    """The `model` section."""
+    moe: dict[str, Any] = {}
+    if spec.is_moe:
+        moe = {
+            "num_moe_experts": spec.experts,
+            "moe_router_topk": spec.topk,
+            "moe_ffn_hidden_size": spec.moe_ffn,
+            "moe_aux_loss_coeff": 0.001,
+            "moe_router_pre_softmax": not spec.norm_topk_prob,
+        }
+    config = TransformerConfig(
+        num_layers=spec.layers,
+        hidden_size=spec.hidden,
+        ffn_hidden_size=spec.ffn,
+        num_attention_heads=spec.heads,
+        num_query_groups=spec.kv_heads,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=spec.tp,
+        expert_model_parallel_size=spec.ep,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        **moe,
+    )
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        **fields,
+        "rotary_base": spec.rope_theta,
+        "rotary_percent": 1.0,
+        "position_embedding_type": "rope",
+        "seq_length": spec.max_positions,
+        "share_embeddings_and_output_weights": spec.tied,
+        "vocab_size": spec.vocab_size,
+        "make_vocab_size_divisible_by": spec.vocab_divisible_by,
+        "generation_config": None,
+        "hf_model_id": "Qwen/Qwen3-0.6B",
+    }
+
+
+class Dumper(yaml.SafeDumper):
+    """With the representers of Megatron-LM."""
+
+
+def _object(dumper: yaml.SafeDumper, value: object) -> yaml.Node:
+    if isinstance(value, Enum):
+        named: dict[str, object] = {"_call_": True, "_args_": [value.value], "_name_": value.name}
+        named["_target_"] = type(value).__qualname__
+        return dumper.represent_data(named)
+    name = str(value) if isinstance(value, torch.dtype) else getattr(value, "__qualname__", None)
+    kind = type(value).__qualname__
+    return dumper.represent_data({"_target_": name or kind, "_call_": name is None})
+
+
+Dumper.add_multi_representer(object, _object)
