@@ -136,6 +136,10 @@ LOGITS = (
     "qwen3_moe",  # norm_topk_prob false
     "qwen3_moe-tp2-ep2-etp1",  # tied, norm_topk_prob true
     "qwen3_moe-mixed-pp2",
+    "llama-tp2",
+    "llama-pp2-tied",
+    "qwen2-tp2-pp2",
+    "qwen2-tp4-gqa2-tied",
 )
 
 
@@ -496,7 +500,7 @@ def test_a_missing_output_layer_is_seen(fixtures: Mapping[str, Fixture], tmp_pat
         ("[" * 100_000, "is not JSON"),
         ("[]", "names no model_type"),
         ('{"tokenizer_class": "X"}', "names no model_type"),
-        ('{"model_type": "llama"}', "not supported yet. Supported: qwen3, qwen3_moe"),
+        ('{"model_type": "bloom"}', "not supported yet. Supported: llama, qwen2, qwen3, qwen3_moe"),
     ],
 )
 def test_references_that_cannot_be_used(

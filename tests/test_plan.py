@@ -298,7 +298,7 @@ def test_the_family_is_seen_with_its_evidence(
 @pytest.mark.parametrize(
     ("extra", "family"),
     [
-        ("decoder.layers.0.self_attention.linear_qkv.bias", "qwen3"),
+        ("decoder.layers.0.self_attention.linear_qkv.bias", "qwen2"),
         ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "qwen3_moe"),
         ("decoder.layers.0.mlp.router.expert_bias", "qwen3_moe"),
         ("mtp.layers.0.enorm.weight", "qwen3"),
@@ -332,8 +332,8 @@ def test_the_user_and_the_reference_name_the_family(dense: Tensors) -> None:
     found = choose(dense, None, Reference({"model_type": "qwen3_moe"}, "--hf-config"))
     assert found.evidence == ("model_type qwen3_moe in --hf-config",)
     assert choose(dense, "qwen3", Reference({"model_type": "qwen3"}, "--hf-config")).family is QWEN3
-    with pytest.raises(MappingError, match="--family is 'llama', which is not supported yet"):
-        choose(dense, "llama", NO_REFERENCE)
+    with pytest.raises(MappingError, match="--family is 'bloom', which is not supported yet"):
+        choose(dense, "bloom", NO_REFERENCE)
     with pytest.raises(
         MappingError, match="--family is qwen3 but model_type in --hf-config is qwen3_"
     ):

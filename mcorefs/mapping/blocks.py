@@ -75,6 +75,16 @@ GQA = (
         ("hidden", "q_rows"),
     ),
 )
+_QKV_BIAS = MLAYER + "self_attention.linear_qkv.bias"
+GQA_BIASED = (
+    GQA[0],
+    Rule(LAYER + "self_attn.q_proj.bias", _QKV_BIAS, ("q_rows",), query),
+    GQA[1],
+    Rule(LAYER + "self_attn.k_proj.bias", _QKV_BIAS, ("kv_rows",), key),
+    GQA[2],
+    Rule(LAYER + "self_attn.v_proj.bias", _QKV_BIAS, ("kv_rows",), value),
+    GQA[3],
+)
 QK_NORM = (
     Rule(
         LAYER + "self_attn.q_norm.weight",

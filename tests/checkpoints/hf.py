@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from .spec import Spec
@@ -40,9 +40,8 @@ def save_model(spec: Spec, directory: Path) -> None:
 def build_model(spec: Spec) -> PreTrainedModel:
     """A model whose every tensor is random and unlike every other, norms included."""
     dtype = TORCH_DTYPES[spec.oracle_dtype]
-    model_class = Qwen3MoeForCausalLM if spec.is_moe else Qwen3ForCausalLM
     with torch.device("meta"):
-        model: PreTrainedModel = model_class(_config(spec)).to(dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(spec)).to(dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(spec.seed)
@@ -57,7 +56,21 @@ def build_model(spec: Spec) -> PreTrainedModel:
     return model
 
 
-def _config(spec: Spec) -> Qwen3Config | Qwen3MoeConfig:
+def _rope(spec: Spec) -> dict[str, object]:
+    theta = float(spec.rope_theta)
+    if spec.llama3_rope_factor is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": spec.llama3_rope_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def _config(spec: Spec) -> PreTrainedConfig:
     common = {
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden,
@@ -68,14 +81,14 @@ def _config(spec: Spec) -> Qwen3Config | Qwen3MoeConfig:
         "head_dim": spec.head_dim,
         "max_position_embeddings": spec.max_positions,
         "rms_norm_eps": spec.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(spec.rope_theta)},
+        "rope_parameters": _rope(spec),
         "tie_word_embeddings": spec.tied,
         "dtype": TORCH_DTYPES[spec.oracle_dtype],
         "bos_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
         "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
     }
     if not spec.is_moe:
-        return Qwen3Config(**common)
+        return AutoConfig.for_model(spec.family, **common)
     return Qwen3MoeConfig(
         **common,
         num_experts=spec.experts,

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["qwen3", "qwen3_moe"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 DTypeName = Literal["bf16", "fp16", "fp32"]
 Common = Literal["common.pt", "common_state", "no_args"]
 """Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
@@ -61,6 +61,8 @@ class Spec:
     max_positions: int = 512
     rope_theta: int = 1_000_000
     norm_eps: float = 1e-6
+    llama3_rope_factor: float | None = None
+    """Llama 3.1's scaling of rotary embeddings, if any."""
     experts: int = 8
     topk: int = 2
     moe_ffn: int = 48
@@ -128,6 +130,14 @@ class Spec:
         return self.family == "qwen3_moe"
 
     @property
+    def has_qk_norm(self) -> bool:
+        return self.family in ("qwen3", "qwen3_moe")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.family == "qwen2"
+
+    @property
     def is_whole(self) -> bool:
         """Whether every weight is saved: in torch_dcp all tensor-parallel ranks use the same
         names, so only the part of one of them is kept."""
@@ -186,6 +196,8 @@ class Spec:
 
 _DENSE = Spec()
 _MOE = Spec(family="qwen3_moe", vocab_size=301)
+_LLAMA = Spec(family="llama", norm_eps=1e-5, rope_theta=500_000)
+_QWEN2 = Spec(family="qwen2", head_dim=8)
 _TORCH = _DENSE.but(format="torch")
 _TORCH_MOE = _MOE.but(format="torch")
 _FSDP = _DENSE.but(format="fsdp_dtensor", main_weights=True)
@@ -239,6 +251,11 @@ SPECS: dict[str, Spec] = {
     "qwen3-dp3-saved-again": _DENSE.but(
         dp=3, saved_again=True, main_weights=True, optimizer_entries=True, seed=36
     ),
+    "llama-tp2": _LLAMA.but(tp=2, llama3_rope_factor=8.0, hf_max_shard_size="50KB", seed=34),
+    "llama-pp2-tied": _LLAMA.but(pp=2, tied=True, llama3_rope_factor=32.0, seed=35),
+    "llama-mha-per-layer": _LLAMA.but(kv_heads=8, head_dim=8, per_layer_keys=True, seed=36),
+    "qwen2-tp2-pp2": _QWEN2.but(tp=2, pp=2, seed=37),
+    "qwen2-tp4-gqa2-tied": _QWEN2.but(tp=4, kv_heads=2, tied=True, vocab_divisible_by=32, seed=38),
     # Mixtures of experts.
     "qwen3_moe": _MOE.but(norm_topk_prob=False, seed=40),
     "qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, local_norm_keys=True, seed=41),
@@ -302,6 +319,8 @@ SPECS: dict[str, Spec] = {
         names="te",
         seed=63,
     ),
+    "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
+    "torch-qwen2-tp2-tied": _QWEN2.but(format="torch", tp=2, tied=True, seed=71),
     "torch-qwen3-tp4-gqa2": _TORCH.but(
         tp=4, kv_heads=2, dtype="fp16", vocab_divisible_by=32, iteration="release", seed=64
     ),

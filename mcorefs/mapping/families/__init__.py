@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.llama import LLAMA
+from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    QWEN2,
     QWEN3,
     QWEN3_MOE,
 )
