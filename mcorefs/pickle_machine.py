@@ -36,6 +36,12 @@ class Name:
         """The object that a pickle makes by calling this with `args`, in constant time."""
         raise PickleError("something that is not a class is called")
 
+    def filled(self, data: bytes, at: int, memo: list[object]) -> tuple[object, int] | None:
+        """The object that the opcodes from `at` on make of this class and fill, and where they end;
+        the memo is as they would have left it, but may have SPENT in it for the attributes and the
+        arguments on the way. None, and an untouched memo, leaves it all to the machine."""
+        return None
+
 
 class Built:
     """An object that a pickle goes on to fill, with as much time as the filling is long.
@@ -55,6 +61,17 @@ class Built:
         raise PickleError(f"unexpected items for {type(self).__name__}")
 
 
+SPENT = object()
+"""Stands in a memo for what a pickler memoizes but never refers to again."""
+
+
+def recalled(value: object) -> object:
+    """`value`, from a memo. Raises PickleError where it was not kept."""
+    if value is SPENT:
+        raise PickleError("it refers to attributes or arguments once more")
+    return value
+
+
 Find = Callable[[str, str], object]
 """find(module, name): a Name, or a value that the name itself is (a dtype)."""
 
@@ -67,13 +84,16 @@ _FLOAT = Struct(">d")
 _SCALARS = frozenset((str, int, float, bool, bytes, type(None)))
 
 
-def run(data: bytes, find: Find, persistent: Callable[[object], object]) -> object:
+def run(
+    data: bytes, find: Find, persistent: Callable[[object], object], until: str | None = None
+) -> object:
     """The object that the pickle `data` describes.
 
-    `persistent` turns a persistent id into an object. Raises an Exception if it is none, of any
-    kind: PickleError where what is wrong was foreseen.
+    `persistent` turns a persistent id into an object. `until` is an attribute of the object: where
+    it comes, the object is taken as it is, and the rest of `data` is not looked at. Raises an
+    Exception if it is none, of any kind: PickleError where what is wrong was foreseen.
     """
-    machine = _Machine(data, find, persistent)
+    machine = _Machine(data, find, persistent, until)
     try:
         return machine.run()
     except (IndexError, struct.error):
@@ -81,8 +101,14 @@ def run(data: bytes, find: Find, persistent: Callable[[object], object]) -> obje
 
 
 class _Machine:
-    def __init__(self, data: bytes, find: Find, persistent: Callable[[object], object]) -> None:
-        self.data = data
+    def __init__(
+        self,
+        data: bytes,
+        find: Find,
+        persistent: Callable[[object], object],
+        until: str | None,
+    ) -> None:
+        self.data, self.until = data, until
         self.find, self.persistent = find, persistent
         self.stack: list[object] = []
         self.marked: list[list[object]] = []
@@ -91,7 +117,7 @@ class _Machine:
 
     def run(self) -> object:  # noqa: C901  (one loop: a .metadata has 10^7 opcodes)
         """The opcodes that `.metadata` is full of, two frequent series of them in one step."""
-        data, memo, marked = self.data, self.memo, self.marked
+        data, memo, marked, until = self.data, self.memo, self.marked, self.until
         stack = self.stack
         starts, uint2, uint4, int4 = (
             data.startswith,
@@ -115,16 +141,22 @@ class _Machine:
                 else:
                     value = memo[uint4(data, at)[0]]
                     at += 4
-                if data[at] == 0x29 and starts(_OBJECT, at) and isinstance(value, Name):
-                    at += len(_OBJECT)
-                    value = value.call(())
-                    attributes: dict[object, object] = {}
-                    memo += (value, attributes)
-                    stack += (value, attributes)
-                    marked.append(stack)
-                    stack = []
+                if data[at] == 0x29 and isinstance(value, Name):
+                    if (filled := value.filled(data, at, memo)) is not None:
+                        value, at = filled
+                        stack.append(value)
+                    elif starts(_OBJECT, at):
+                        at += len(_OBJECT)
+                        value = value.call(())
+                        attributes: dict[object, object] = {}
+                        memo += (value, attributes)
+                        stack += (value, attributes)
+                        marked.append(stack)
+                        stack = []
+                    else:
+                        stack.append(value)
                 else:
-                    stack.append(value)
+                    stack.append(value if value is not SPENT else recalled(value))
             elif op == 0x75:  # SETITEMS
                 items = stack
                 stack = marked.pop()
@@ -152,7 +184,10 @@ class _Machine:
                 stack = []
             elif op == 0x8C:  # SHORT_BINUNICODE
                 end = at + 1 + data[at]
-                stack.append(str(data[at + 1 : end], "utf-8", "backslashreplace"))
+                text = str(data[at + 1 : end], "utf-8", "backslashreplace")
+                if text == until and (whole := self._so_far(stack)) is not None:
+                    return whole
+                stack.append(text)
                 at = end
             elif op == 0x4D:  # BININT2
                 stack.append(uint2(data, at)[0])
@@ -181,6 +216,18 @@ class _Machine:
         if at != len(self.data):
             raise PickleError(f"it ends at byte {at} but {len(self.data) - at} bytes follow")
         return stack[0]
+
+    def _so_far(self, stack: list[object]) -> object:
+        """The object whose attributes are on the stack, if the next of them is to come now: not
+        where something is put into a dict or list that is the last of them so far."""
+        if len(self.marked) != 1 or len(self.marked[0]) != 2 or len(stack) % 2:
+            return None
+        if stack and type(stack[-1]) in (dict, list) and not stack[-1]:
+            return None
+        whole, attributes = self.marked[0]
+        _set_items(attributes, stack)
+        _build(whole, attributes)
+        return whole
 
     def _others(self, op: int, at: int) -> int:
         """Carry out any opcode that `run` does not; where the next one is."""

@@ -19,6 +19,15 @@ from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
 from mcorefs.pickle_machine import Built, Name, PickleError, run
+from mcorefs.records import (
+    ChunkClass,
+    IndexClass,
+    InfoClass,
+    PropertiesClass,
+    RecordClass,
+    Size,
+    TensorClass,
+)
 
 MAX_TENSOR_DIMS = 64
 MAX_PLAIN = 1_000_000
@@ -70,25 +79,6 @@ class Metadata(Attributes):
     """torch's Metadata, the top of a `.metadata` file."""
 
 
-class MetadataIndex(Attributes):
-    """torch's MetadataIndex: (fqn, offset); a key by identity here."""
-
-
-class TensorProperties(Built):
-    """torch's TensorProperties: pickled as a tuple with the dtype first."""
-
-    __slots__ = ("dtype",)
-
-    def __init__(self) -> None:
-        self.dtype: object = None
-
-    def set_state(self, state: object) -> None:
-        if isinstance(state, tuple) and state:
-            self.dtype = state[0]
-        elif isinstance(state, dict):
-            self.dtype = state.get("dtype")
-
-
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A storage that a tensor in a `torch.save` file views: record `data/<key>`."""
@@ -117,10 +107,12 @@ class StoredView:
     stride: Shape
 
 
-def loads(data: bytes, what: str, *, storages: bool = False) -> object:
+def loads(data: bytes, what: str, *, storages: bool = False, until: str | None = None) -> object:
     """The object that the pickle `data` describes, made of plain values and inert records.
 
     `what` names the pickle in errors. `storages` admits the persistent ids of `torch.save`.
+    `until` names an attribute of the object with which, and with all that follow it, it does
+    without: they are not read.
     Raises CheckpointError if it is not a pickle, is cut short, or is malformed.
     """
     names: dict[tuple[str, str], object] = {}
@@ -133,7 +125,7 @@ def loads(data: bytes, what: str, *, storages: bool = False) -> object:
 
     with _gc_paused():
         try:
-            return run(data, find, _storage if storages else _no_storage)
+            return run(data, find, _storage if storages else _no_storage, until)
         except Exception as problem:  # any bytes at all may come in
             kind = "" if isinstance(problem, PickleError) else f"{type(problem).__name__}: "
             raise CheckpointError(
@@ -208,17 +200,6 @@ class _Function(Name):
         return self.function(*args)
 
 
-class _Size(Name):
-    """torch.Size: its one argument, a tuple, is as good."""
-
-    __slots__ = ()
-
-    def call(self, args: tuple[object, ...]) -> object:
-        if len(args) != 1 or type(args[0]) is not tuple:
-            raise PickleError("a torch.Size that is not a tuple")
-        return args[0]
-
-
 @dataclass(frozen=True, slots=True)
 class _StorageType:
     dtype: DType | None
@@ -229,6 +210,8 @@ def _find(module: str, name: str) -> object:
         return BY_TORCH[name]
     if module == "torch" and name in _STORAGES:
         return _STORAGES[name]
+    if (record := _RECORDS.get((module, name))) is not None:
+        return record()
     return _KNOWN.get((module, name)) or _Unknown(f"{module}.{name}")
 
 
@@ -308,7 +291,7 @@ _STORAGES = {
 }
 _META = "torch.distributed.checkpoint.metadata"
 _KNOWN: dict[tuple[str, str], object] = {
-    ("torch", "Size"): _Size(),
+    ("torch", "Size"): Size(),
     ("collections", "OrderedDict"): _Class(dict),
     ("torch._utils", "_rebuild_tensor_v2"): _Function(_rebuild_tensor),
     ("torch._utils", "_rebuild_tensor_v3"): _Function(_rebuild_tensor),
@@ -321,15 +304,17 @@ _KNOWN: dict[tuple[str, str], object] = {
     ("pathlib", "PosixPath"): _Function(_path),
     ("pathlib._local", "PosixPath"): _Function(_path),
     (_META, "Metadata"): _Class(Metadata),
-    (_META, "TensorStorageMetadata"): _Class(Attributes),
-    (_META, "ChunkStorageMetadata"): _Class(Attributes),
-    (_META, "MetadataIndex"): _Class(MetadataIndex),
-    (_META, "TensorProperties"): _Class(TensorProperties),
-    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Class(
-        TensorProperties
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Class(Attributes),
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Class(Metadata),
+}
+
+
+_RECORDS: dict[tuple[str, str], type[RecordClass]] = {
+    (_META, "ChunkStorageMetadata"): ChunkClass,
+    (_META, "MetadataIndex"): IndexClass,
+    (_META, "TensorProperties"): PropertiesClass,
+    (_META, "TensorStorageMetadata"): TensorClass,
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): PropertiesClass,
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): InfoClass,
 }
 
 

@@ -29,14 +29,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from mcorefs.dtypes import BF16, F32
 from mcorefs.errors import CheckpointError
+from mcorefs.records import MetadataIndex, TensorProperties
 from mcorefs.unpickle import (
     Attributes,
     Inert,
     Metadata,
-    MetadataIndex,
     Storage,
     StoredView,
-    TensorProperties,
     describe,
     loads,
     plain,
@@ -177,9 +176,9 @@ def test_metadata_as_torch_writes_it(tmp_path: Path) -> None:
     assert isinstance(found, Metadata)
     entries = vars(found)["state_dict_metadata"]
     assert {name: describe(entry) for name, entry in entries.items()} == {
-        "a.weight": "Attributes",
-        "b": "Attributes",
-        "fp8": "Attributes",
+        "a.weight": "TensorStorageMetadata",
+        "b": "TensorStorageMetadata",
+        "fp8": "TensorStorageMetadata",
         "step": "torch.distributed.checkpoint.metadata.BytesStorageMetadata",
     }
     weight = entries["a.weight"]
@@ -189,7 +188,7 @@ def test_metadata_as_torch_writes_it(tmp_path: Path) -> None:
     assert [(chunk.offsets, chunk.sizes) for chunk in weight.chunks] == [((0, 0), (4, 6))]
     assert entries["b"].properties.dtype is F32
     assert entries["b"].size == ()
-    places = {vars(index)["fqn"]: info for index, info in vars(found)["storage_data"].items()}
+    places = {index.fqn: info for index, info in vars(found)["storage_data"].items()}
     assert all(isinstance(index, MetadataIndex) for index in vars(found)["storage_data"])
     for info in places.values():
         place = tmp_path / info.relative_path

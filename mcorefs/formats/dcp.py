@@ -24,17 +24,19 @@ from mcorefs.errors import CheckpointError, NoWeightsError
 from mcorefs.formats.base import WeightsFrom, reading, training_args
 from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
 from mcorefs.storage import FileIdentity, is_file_name, regular_file
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
-    Attributes,
     Inert,
     Metadata,
-    MetadataIndex,
-    TensorProperties,
     describe,
     loads,
 )
+
+PLANS = "all_local_plans"
+"""What every rank was to write: a second copy of it all, and the last of the attributes
+(Megatron-LM:megatron/core/dist_checkpointing/strategies/state_dict_saver.py)."""
 
 BYTES = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optim\w*\.")
@@ -164,7 +166,7 @@ def read_metadata(path: Path) -> Metadata:
         data = path.read_bytes()
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
-    found = loads(data, str(path))
+    found = loads(data, str(path), until=PLANS)
     if not isinstance(found, Metadata):
         raise CheckpointError(
             f"{path}: expected torch's checkpoint Metadata, found {describe(found)}"
@@ -189,17 +191,17 @@ class StorageTable:
 
     def __init__(self, root: Path, metadata: Metadata, wanted: Container[object]) -> None:
         self.root = root
-        self._ranges: dict[tuple[str, Shape | None], Attributes] = {}
+        self._ranges: dict[tuple[str, Shape | None], StorageInfo] = {}
         self._paths: dict[str, str] = {}
         self._ends: dict[str, int] = {}
         data = getattr(metadata, "storage_data", None)
         if not isinstance(data, dict):
             raise CheckpointError(f"{root}/.metadata has no storage_data: it is damaged")
         for index, info in data.items():
-            if isinstance(index, MetadataIndex) and isinstance(info, Attributes):
-                fqn, offset = index.__dict__.get("fqn"), index.__dict__.get("offset")
+            if isinstance(index, MetadataIndex) and isinstance(info, StorageInfo):
+                fqn = index.fqn
                 if isinstance(fqn, str) and fqn in wanted:
-                    self._ranges[fqn, _shape(offset)] = info
+                    self._ranges[fqn, _shape(index.offset)] = info
 
     def bytes_entry(self, fqn: str) -> Span | None:
         """The archive that holds the object `fqn`, if the checkpoint has it.
@@ -220,12 +222,10 @@ class StorageTable:
         info = self._ranges.get((fqn, offset))
         if info is None:
             return "no shard file holds it, so the checkpoint was not saved completely"
-        name, start, nbytes = (
-            info.__dict__.get(key) for key in ("relative_path", "offset", "length")
-        )
+        name, start, nbytes = info.relative_path, info.offset, info.length
         if not (isinstance(name, str) and type(start) is int and type(nbytes) is int):
             return "its place on disk is not given"
-        if info.__dict__.get("transform_descriptors"):
+        if info.transform_descriptors:
             return "it is stored compressed (transform_descriptors), which cannot be read lazily"
         if start < 0 or nbytes <= 0:
             return f"its place on disk is impossible (offset {start}, length {nbytes})"
