@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -276,12 +277,22 @@ def memory(bench: Bench) -> None:
     print(f"{'daemon, peak resident memory':34} {found:6.0f} MiB   (bar 300 MB + cache of 512 MiB)")
 
 
+def metadata(bench: Bench) -> None:
+    command = [sys.executable, "scripts/big_metadata.py"]
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+    seconds, peak = map(float, re.findall(r"([\d.]+) (?:s,|MiB)", done.stdout))
+    bench.figures["open 600,000 chunks"], bench.figures["open: peak_rss_mib"] = seconds, peak
+    verdict = "ok" if seconds < 20 and peak < 1000 else "MISSED"
+    print(f"{'open 600,000 chunks':34} {done.stdout.strip()}   (bar 20 s, 1000 MiB: {verdict})")
+
+
 MEASUREMENTS: dict[str, Callable[[Bench], None]] = {
     "ready": ready,
     "sequential": sequential,
     "from_pretrained": from_pretrained,
     "materialize": materialize,
     "memory": memory,
+    "metadata": metadata,
 }
 
 if __name__ == "__main__":
