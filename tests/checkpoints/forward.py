@@ -38,7 +38,8 @@ TOLERANCE = 1e-4
 
 
 def is_checkable(spec: Spec) -> bool:
-    return spec.format == "torch_dist" and spec.pp == spec.cp == 1 and spec.common != "common_state"
+    whole = spec.format == "torch_dist" and spec.common != "common_state"
+    return whole and spec.pp == spec.cp == 1 and spec.oracle_weights == "model"
 
 
 def main(names: list[str]) -> None:
