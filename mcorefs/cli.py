@@ -21,7 +21,7 @@ from mcorefs.formats import NAMES
 from mcorefs.model import DTYPES, WEIGHTS, Options
 
 if TYPE_CHECKING:
-    from mcorefs.tree import Source
+    from mcorefs.tree import Opened, Source
 
 app = typer.Typer(
     name="mcorefs",
@@ -296,8 +296,16 @@ def inspect(
 def verify(
     ckpt: Ckpt,
     hf_dir: Annotated[
-        Path, typer.Argument(metavar="HF_DIR", help="A directory of safetensors files.")
-    ],
+        Path | None, typer.Argument(metavar="[HF_DIR]", help="A directory of safetensors files.")
+    ] = None,
+    deep: Annotated[
+        bool,
+        typer.Option(
+            "--deep",
+            help="Also look for NaN and infinity, and for copies of one tensor that differ between "
+            "ranks.",
+        ),
+    ] = False,
     iteration: Iteration = None,
     format_name: FormatName = None,
     family: FamilyName = None,
@@ -308,15 +316,42 @@ def verify(
 ) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
-    Exits with 1 if they differ.
+    Without HF_DIR, prove that its files are what was saved: by the SHA-256 of every file, if
+    Megatron-LM saved them (`--verify-integrity`), else by the CRC-32 that torch saves with every
+    tensor. Exits with 1 if anything differs.
     """
+    from mcorefs.formats import HUGGINGFACE
+    from mcorefs.locate import locate
     from mcorefs.tree import open_tree
-    from mcorefs.verify import verify as compare
+    from mcorefs.verify.checks import Check, deep_checks, own_proof
 
+    checks: list[Check] = []
     options = _options(
         iteration, family, hf_config, None, False, vocab_size, dtype, weights, format_name
     )
-    opened = open_tree(ckpt, options)
+    sound = True
+    if deep or hf_dir is not None:
+        opened = open_tree(ckpt, options)
+        sound = hf_dir is None or _compare(opened, hf_dir)
+        checks += deep_checks(opened) if deep else ()
+    if hf_dir is None:
+        location = locate(ckpt, iteration, format_name)
+        if not (deep and location.format is HUGGINGFACE):
+            checks.append(own_proof(location, weights))
+    for check in checks:
+        with _progress(check.doing, check.total_bytes) as advance:
+            findings = check.run(advance)
+        for line in wording.findings(check, findings):
+            _say(line)
+        sound = sound and not findings.differences
+    if not sound:
+        raise typer.Exit(1)
+
+
+def _compare(opened: Opened, hf_dir: Path) -> bool:
+    """Whether a checkpoint is equal to a directory; says what is not."""
+    from mcorefs.verify import verify as compare
+
     source = opened.source
     total = sum(tensor.nbytes for tensor in source.tensors)
     with _progress("Comparing", total) as advance:
@@ -329,8 +364,7 @@ def verify(
         f"{wording.count(verdict.equal, 'tensor')} equal, {len(verdict.differences)} different "
         f"({wording.size(verdict.total_bytes)} compared)"
     )
-    if verdict.differences:
-        raise typer.Exit(1)
+    return not verdict.differences
 
 
 def main() -> None:
@@ -399,5 +433,5 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress("{task.description}", *columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(what, total=total or None)
         yield lambda count: bar.advance(task, count)

@@ -50,6 +50,8 @@ class Record:
     """As the local header must repeat it; None where that is not known."""
     end: int | None = None
     """Where the next record or the directory begins."""
+    crc: int | None = None
+    """CRC-32 of its bytes; 0 where the writer computed none."""
 
 
 def records(
@@ -126,7 +128,7 @@ def _parse_directory(directory: bytes, count: int, what: str) -> list[Record]:
         if method != 0 or packed != size or flags & ~(_DESCRIPTOR | _UTF8) or disk:
             raise _malformed(what, f"record {name!a:.80} is compressed or encrypted")
         prefixes.add(prefix + slash)
-        found.append(Record(name, header, size, raw))
+        found.append(Record(name, header, size, raw, crc=fields[7]))
     if at != len(directory) or len(prefixes) > 1:
         raise _malformed(what, "its directory is damaged")
     return found

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mcorefs.formats import HUGGINGFACE
+from mcorefs.formats.base import MAX_SHOWN
 from mcorefs.inspection import Inspection
 from mcorefs.passthrough import Passthrough
 from mcorefs.tree import Source
+from mcorefs.verify import Findings
+from mcorefs.verify.checks import Check
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
@@ -44,7 +47,8 @@ def parameters(count: int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def summary(source: Source) -> str:
@@ -64,6 +68,19 @@ def no_tokenizer(model: Source) -> str:
         f"  Looked in: {model.tokenizer.source}\n"
         "  Give it with --tokenizer DIR (a directory with tokenizer.json), or with\n"
         "  --hf-config DIR (the Hugging Face model it came from)."
+    )
+
+
+def findings(check: Check, found: Findings) -> Iterator[str]:
+    """What a check found, line by line."""
+    for difference in found.differences[:MAX_SHOWN]:
+        yield f"{difference.name} {difference.problem}"
+    if (more := len(found.differences) - MAX_SHOWN) > 0:
+        yield f"... and {more:,} more"
+    yield from (f"  note: {remark}" for remark in found.remarks)
+    yield (
+        f"{count(found.sound, check.noun)} {check.proof}; {len(found.differences):,} not "
+        f"({size(found.total_bytes)} read)"
     )
 
 

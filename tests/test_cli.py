@@ -178,6 +178,25 @@ def test_verify(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
     assert "133 tensors equal, 2 different" in said
 
 
+def test_verify_without_a_directory(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(fixtures[MOE].root, tmp_path / "root"))
+    iteration = root / "iter_0000100"
+    said = mcorefs("verify", root)
+    assert "as saved, by torch's CRC-32 (there is no integrity.json, which" in said
+    assert "; 0 not (" in said
+    said = mcorefs("verify", root, "--deep", "--iteration", 100)
+    assert "135 tensors finite; 0 not" in said
+    assert "as saved, by torch's CRC-32" in said
+    digests = {path.name: "0" * 64 for path in iteration.iterdir()}
+    (iteration / "integrity.json").write_text(json.dumps({"files": digests}))
+    said = mcorefs("verify", root, status=1)
+    assert "common.pt was changed: its SHA-256 is" in said
+    assert f"0 files as saved, by the SHA-256 in integrity.json; {len(digests)} not" in said
+    hf = fixtures[MOE].hf
+    assert "nothing in it says what bytes it should hold" in mcorefs("verify", hf, status=1)
+    assert mcorefs("verify", hf, "--deep").startswith("135 tensors finite; 0 not")
+
+
 def test_wrong_places_and_options(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
     assert "expected one of torch_dist, torch, fsdp_dtensor, huggingface" in mcorefs(
         "inspect", fixtures[MOE].hf, "--format", "zip", status=1

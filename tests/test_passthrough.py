@@ -236,8 +236,10 @@ def test_a_file_that_is_replaced_under_it(directory: Path) -> None:
 
 
 def test_options_that_would_need_other_bytes(directory: Path) -> None:
-    message = refusal(directory, dtype="float16", vocab_size=3, tokenizer=directory)
-    for name in ("--dtype", "--vocab-size", "--tokenizer"):
+    message = refusal(
+        directory, dtype="float16", vocab_size=3, tokenizer=directory, weights="optimizer"
+    )
+    for name in ("--dtype", "--vocab-size", "--tokenizer", "--weights"):
         assert f"{name} cannot be given" in message
     found = opened(directory, hf_config=directory, family="qwen3", require_tokenizer=True)
     assert {"--hf-config is not used", "--family is not used"} <= set(found.source.remarks)

@@ -245,7 +245,7 @@ def _stages_as_counted(counts: Mapping[tuple[int, int], int], virtual: int, pp: 
         for p in range(pp)
     }
     args = {"num_layers": sum(counts.values())}
-    ranks = Ranks(list(files.values()), args, 1, pp, 1, 1, virtual, files, {})
+    ranks = Ranks(list(files.values()), args, 1, pp, 1, 1, virtual, files, {}, {})
     problems: list[str] = []
     found = {(stage, p): first for p, stage, first in stages(ranks, problems)}
     assert not problems

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from mcorefs.errors import CheckpointError
 from mcorefs.index import StoredTensor
@@ -63,6 +63,27 @@ class Format(Protocol):
     def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         """The checkpoint in `path`. Raises CheckpointError with every problem found, also where
         the `weights` asked for are not stored in a way that can be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Two copies of one tensor, which different ranks saved: equal, if training was sound."""
+
+    name: str
+    first: StoredTensor
+    """The copy that is served."""
+    first_rank: str
+    other: StoredTensor
+    other_rank: str
+
+
+@runtime_checkable
+class KeepsReplicas(Protocol):
+    """A format that stores some tensors more than once."""
+
+    def replicas(self, path: Path) -> Iterator[Replica]:
+        """Every copy in `path` beside the one that is served. Reads no tensor data."""
         ...
 
 

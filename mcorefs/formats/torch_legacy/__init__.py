@@ -10,12 +10,13 @@ tensors of the whole model from them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
+from mcorefs.formats.base import Checkpoint, Replica, WeightsFrom, refusal
 from mcorefs.formats.torch_legacy.files import FILE, directories
 from mcorefs.formats.torch_legacy.ranks import EMBEDDING, Ranks, arrange
+from mcorefs.formats.torch_legacy.replicas import between_ranks
 from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
 from mcorefs.index import StoredTensor
 
@@ -43,24 +44,49 @@ class TorchLegacy:
         ranks = arrange(path, problems)
         if ranks is None or problems:
             raise refusal(path, problems)
-        tensors: dict[str, StoredTensor] = {}
-        for pp, stage, first_layer in stages(ranks, problems):
-            for name, tensor in stage_tensors(ranks, pp, stage, first_layer, problems):
-                if name not in tensors:
-                    tensors[name] = tensor
-                elif name != EMBEDDING:  # the stage with the MTP layers holds a copy of it
-                    problems.append(f"{name} is held by more than one pipeline stage")
+        tensors, copies = _assembled(ranks, stages(ranks, problems), problems)
         skipped = Counter[str]()
         for file in ranks.files:
             skipped.update(file.skipped)
-        if _has_tied_copy(ranks, tensors, problems):
-            del tensors[HEAD]
+        if any(copy.fqn == HEAD for copy in copies):
             skipped["copy of the tied embedding"] += 1
         if problems:
             raise refusal(path, list(dict.fromkeys(problems)))
         identities = {file.path: file.identity for file in ranks.files}
         source = ranks.files[0].args_source
         return Checkpoint(self.name, path, tensors, ranks.args, source, identities, dict(skipped))
+
+    def replicas(self, path: Path) -> Iterator[Replica]:
+        """See `KeepsReplicas`. Raises CheckpointError as `index` does."""
+        problems: list[str] = []
+        ranks = arrange(path, problems)
+        if ranks is None or problems:
+            raise refusal(path, problems)
+        order = stages(ranks, problems)
+        tensors, copies = _assembled(ranks, order, problems)
+        first, last = "the first pipeline stage", "a later one"
+        for copy in copies:
+            yield Replica(copy.fqn, tensors[EMBEDDING], first, copy, last)
+        yield from between_ranks(ranks, {(pp, stage): layer for pp, stage, layer in order})
+
+
+def _assembled(
+    ranks: Ranks, order: Sequence[tuple[int, int, int]], problems: list[str]
+) -> tuple[dict[str, StoredTensor], list[StoredTensor]]:
+    """(the tensors of the model by name, the copies of its embedding in later stages)."""
+    tensors: dict[str, StoredTensor] = {}
+    copies: list[StoredTensor] = []
+    for pp, stage, first_layer in order:
+        for name, tensor in stage_tensors(ranks, pp, stage, first_layer, problems):
+            if name not in tensors:
+                tensors[name] = tensor
+            elif name == EMBEDDING:  # the stage with the MTP layers holds a copy of it
+                copies.append(tensor)
+            else:
+                problems.append(f"{name} is held by more than one pipeline stage")
+    if _has_tied_copy(ranks, tensors, problems):
+        copies.append(tensors.pop(HEAD))
+    return tensors, copies
 
 
 def _has_tied_copy(ranks: Ranks, tensors: Mapping[str, StoredTensor], problems: list[str]) -> bool:

@@ -44,6 +44,8 @@ class Ranks:
     experts: Mapping[Place, RankFile]
     """By (expert-tensor, pipeline, expert) rank: the file with the experts; empty if there are
     none."""
+    places: Mapping[Place, RankFile]
+    """Every file in its place."""
 
 
 def arrange(path: Path, problems: list[str]) -> Ranks | None:
@@ -75,13 +77,14 @@ def arrange(path: Path, problems: list[str]) -> Ranks | None:
         _check_complete(path, places, width, (tp, pp, ep, etp), has_experts, problems)
     if problems:
         return None
+    ordered = dict(sorted(zip(places, files, strict=True), key=lambda item: item[0]))
     dense: dict[tuple[int, int], RankFile] = {}
     experts: dict[Place, RankFile] = {}
-    for place, file in sorted(zip(places, files, strict=True), key=lambda item: item[0]):
+    for place, file in ordered.items():
         dense.setdefault(place[:2], file)
         if has_experts:
             experts.setdefault((place[0] % etp, place[1], place[2]), file)
-    return Ranks(files, args, tp, pp, ep, etp, len(files[0].stages), dense, experts)
+    return Ranks(files, args, tp, pp, ep, etp, len(files[0].stages), dense, experts, ordered)
 
 
 def _check_one_save(files: Sequence[RankFile], problems: list[str]) -> None:

@@ -51,22 +51,22 @@ def stage_tensors(
         return experts_of(file.stages[stage], ranks.ep, problems)
 
     dense = [(file, parts(file)[0]) for file in (ranks.dense[t, pp] for t in range(ranks.tp))]
-    yield from _joined(dense, lambda name: _global(name, first_layer), ranks.args, problems)
+    yield from _joined(dense, lambda name: global_name(name, first_layer), ranks.args, problems)
     counts: dict[str, int] = {}
     for ep in range(ranks.ep if ranks.experts else 0):
         holders = [ranks.experts[t, pp, ep] for t in range(ranks.etp)]
         held = [(file, parts(file)[1]) for file in holders]
-        for module, count in _counts(held[0][1]).items():
+        for module, count in expert_counts(held[0][1]).items():
             if counts.setdefault(module, count) != count:
                 problems.append(
-                    f"{_global(module, first_layer)}: {holders[0].directory} holds {count} experts "
-                    f"but expert-parallel rank 0 holds {counts[module]}"
+                    f"{global_name(module, first_layer)}: {holders[0].directory} holds {count} "
+                    f"experts but expert-parallel rank 0 holds {counts[module]}"
                 )
-        local = [(file, _named(experts, counts, ep)) for file, experts in held]
-        yield from _joined(local, lambda name: _global(name, first_layer), ranks.args, problems)
+        local = [(file, numbered(experts, counts, ep)) for file, experts in held]
+        yield from _joined(local, lambda name: global_name(name, first_layer), ranks.args, problems)
 
 
-def _counts(experts: Iterable[Expert]) -> dict[str, int]:
+def expert_counts(experts: Iterable[Expert]) -> dict[str, int]:
     """How many experts each module holds."""
     counts: dict[str, int] = {}
     for module, number, _ in experts:
@@ -74,7 +74,7 @@ def _counts(experts: Iterable[Expert]) -> dict[str, int]:
     return counts
 
 
-def _named(experts: Mapping[Expert, Part], counts: Mapping[str, int], ep: int) -> dict[str, Part]:
+def numbered(experts: Mapping[Expert, Part], counts: Mapping[str, int], ep: int) -> dict[str, Part]:
     """The experts of expert-parallel rank `ep` by canonical name."""
     return {
         f"{module}.{ep * counts.get(module, 0) + number}.{name}": part
@@ -110,7 +110,7 @@ def _joined(
         problems.extend([problem] if problem else [])
 
 
-def _global(name: str, first_layer: int) -> str:
+def global_name(name: str, first_layer: int) -> str:
     """`name` with the number that its layer has in the whole model."""
     match = _LAYER.match(name)
     if match is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +17,10 @@ from mcorefs.formats.huggingface import Weights, read_weights
 from mcorefs.index import StoredTensor
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.reader import Reader
+from mcorefs.verify.findings import PIECE, Difference, OnProgress, threads
 
-PIECE = 8 << 20
-"""Bytes compared at a time by each thread."""
-_THREADS = 4
 IGNORED_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures")
 """Keys of config.json that may differ between two descriptions of one model."""
-
-OnProgress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What is wrong with one tensor (or file), in words."""
-
-    name: str
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ def verify(
         problem = _compare(ours[name], real[name], reader, on_progress)
         return Difference(name, problem) if problem else None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         found = [difference for difference in pool.map(compare, both) if difference is not None]
     return Verdict(
         len(both) - len(found),
