@@ -32,7 +32,8 @@ app = typer.Typer(
     help="Read Megatron-Core checkpoints as Hugging Face models, without converting them.\n\n"
     "CKPT is the directory a training run saved to (with `latest_checkpointed_iteration.txt`), "
     "one `iter_XXXXXXX` directory of it, or a run directory above. No GPU, no Megatron and no copy "
-    "is needed; nothing in a checkpoint is ever executed.",
+    "is needed; nothing in a checkpoint is ever executed. What is a Hugging Face model already is "
+    "served as it is.",
     epilog="Begin with `mcorefs inspect CKPT`, then `mcorefs mount CKPT MNT`. Without FUSE: "
     "`mcorefs materialize CKPT OUT`, or `mcorefs.open(CKPT)` in Python.",
 )

@@ -98,9 +98,12 @@ def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
                 f"--format {HUGGINGFACE.name}, or {below[0]}"
             )
         return _one(path, _Place(path, HUGGINGFACE, path), iteration)
-    if not below and name is None:
-        name = HUGGINGFACE.name
-        below = _below(path, name)
+    if not below and name is None and (models := _below(path, HUGGINGFACE.name)):
+        listed = "".join(f"\n  {model}" for model in models)
+        raise CheckpointError(
+            f"{path} holds no Megatron checkpoint. Pass what is a Hugging Face model directory in "
+            f"it, if that is meant:{listed}"
+        )
     if len(below) != 1:
         raise CheckpointError(explain(path, below))
     found = _open(below[0], iteration, name)

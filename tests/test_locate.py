@@ -379,11 +379,20 @@ EMPTY_HF: Mapping[str, str] = {"config.json": "{}", "tokenizer.json": "{}"}
 def test_a_hugging_face_directory_is_one_already(tmp_path: Path) -> None:
     for name, weights in (("a", "model.safetensors"), ("b", "pytorch_model-00001-of-00002.bin")):
         here = make(tmp_path / name / "hf", {"config.json": "{}", weights: ""})
-        for path in (here, here.parent):
-            found = locate(path)
-            assert (found.path, found.format.name) == (here, "huggingface")
+        found = locate(here)
+        assert (found.path, found.format.name) == (here, "huggingface")
         assert "is one iteration already" in refusal(here, 7)
-    assert f"\n  {tmp_path}/a/hf\n  {tmp_path}/b/hf" in refusal(tmp_path)
+        assert locate(here.parent, None, "huggingface").path == here
+
+
+def test_a_model_in_a_directory_is_not_what_was_asked_for(tmp_path: Path) -> None:
+    """It may be the one that a run began from, which has saved nothing yet."""
+    make(tmp_path / "a/hf", HF)
+    make(tmp_path / "b/hf", HF)
+    message = refusal(tmp_path)
+    assert "holds no Megatron checkpoint. Pass what is a Hugging Face model directory" in message
+    assert f"\n  {tmp_path}/a/hf\n  {tmp_path}/b/hf" in message
+    assert f"\n  {tmp_path}/a/hf" in refusal(tmp_path / "a")
 
 
 def test_a_checkpoint_below_weights(tmp_path: Path) -> None:
