@@ -298,7 +298,6 @@ def test_the_family_is_seen_with_its_evidence(
 @pytest.mark.parametrize(
     ("extra", "family"),
     [
-        ("decoder.layers.0.self_attention.linear_qkv.bias", "qwen2"),
         ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "qwen3_moe"),
         ("decoder.layers.0.mlp.router.expert_bias", "qwen3_moe"),
         ("mtp.layers.0.enorm.weight", "qwen3"),
