@@ -32,6 +32,8 @@ _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 """Flags of a record: its sizes follow it; its name is UTF-8. No other is ever set."""
 _GUESS = 2048
 """Head and tail of an archive of one tensor: two reads of this size find everything."""
+_TWINS = 4
+"""Kinds of archives remembered for each size."""
 MAX_PICKLE = 1 << 30
 MAX_DIRECTORY = 1 << 28
 """Some two million records."""
@@ -230,8 +232,8 @@ class Locator:
     """Finds the one tensor in each of many archives, most of which are alike. Thread-safe."""
 
     def __init__(self, remembered: int = 256) -> None:
-        self._twins: dict[int, _Twin] = {}
-        """By the size of the archive."""
+        self._twins: dict[int, tuple[_Twin, ...]] = {}
+        """By the size of the archive: weights of different shapes often are of one size."""
         self._remembered = remembered
 
     def locate(self, pread: Pread, nbytes: int, what: str) -> tuple[int, StoredView]:
@@ -242,14 +244,17 @@ class Locator:
         count = min(_GUESS, nbytes)
         head = _read(pread, 0, count, nbytes, what)
         tail = _read(pread, nbytes - count, count, nbytes, what)
-        twin = self._twins.get(nbytes)
-        if twin is not None and twin.matches(head, tail):
-            return twin.found
+        twins = self._twins.get(nbytes, ())
+        for twin in twins:
+            if twin.matches(head, tail):
+                return twin.found
         found = _locate(_buffered(pread, head, tail, nbytes), nbytes, what)
-        if found[0] <= len(head) and len(self._twins) < self._remembered:
+        room = len(self._twins) < self._remembered and len(twins) < _TWINS
+        if found[0] <= len(head) and room:
             kept = _all_but_checksums(tail, nbytes, what)
             if kept:
-                self._twins[nbytes] = _Twin(head[: found[0]], kept, _pick(tail, kept), found)
+                twin = _Twin(head[: found[0]], kept, _pick(tail, kept), found)
+                self._twins[nbytes] = (*twins, twin)
         return found
 
 
