@@ -16,9 +16,22 @@ import typer
 from rich.console import Console
 
 from mcorefs import wording
+from mcorefs.arguments import (
+    CacheSize,
+    Ckpt,
+    Dtype,
+    FamilyName,
+    FormatName,
+    HfConfig,
+    Iteration,
+    RequireTokenizer,
+    ShardSize,
+    TokenizerPath,
+    VocabSize,
+    WhichWeights,
+)
 from mcorefs.errors import McorefsError
-from mcorefs.formats import NAMES
-from mcorefs.model import DTYPES, WEIGHTS, Options
+from mcorefs.model import Options
 
 if TYPE_CHECKING:
     from mcorefs.tree import Opened, Source
@@ -39,87 +52,6 @@ app = typer.Typer(
 )
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-
-
-def _bytes(text: str) -> int:
-    try:
-        return wording.parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-# -- arguments and options -----------------------------------------------------------------------
-
-Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="The Megatron checkpoint.")]
-Iteration = Annotated[
-    int | None,
-    typer.Option(
-        "--iteration", metavar="N", help="Which iteration; else the one its tracker file names."
-    ),
-]
-FormatName = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="The format to read, where there are several: " + ", ".join(NAMES) + ".",
-    ),
-]
-FamilyName = Annotated[
-    str | None,
-    typer.Option("--family", help="The model's Hugging Face `model_type`, if it cannot be told."),
-]
-HfConfig = Annotated[
-    Path | None,
-    typer.Option(
-        "--hf-config",
-        metavar="DIR",
-        help="A local Hugging Face directory of the same architecture (weights not needed): fills "
-        "what Megatron does not record. Any contradiction is an error.",
-    ),
-]
-TokenizerPath = Annotated[
-    Path | None,
-    typer.Option(
-        "--tokenizer", metavar="DIR|FILE", help="The tokenizer, if the checkpoint has none."
-    ),
-]
-RequireTokenizer = Annotated[
-    bool, typer.Option("--require-tokenizer", help="Refuse, rather than warn, if none is found.")
-]
-VocabSize = Annotated[
-    int | None,
-    typer.Option("--vocab-size", metavar="N", help="Cut the padding of the vocabulary after N."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option("--dtype", help=f"Cast weights when they are read: {', '.join(DTYPES)}."),
-]
-WhichWeights = Annotated[
-    str,
-    typer.Option(
-        "--weights",
-        metavar="|".join(WEIGHTS),
-        help="The model's own weights, or the float32 main parameters in the optimizer's state, "
-        "of which they are roundings.",
-    ),
-]
-ShardSize = Annotated[
-    str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file.")
-]
-CacheSize = Annotated[
-    int | None,
-    typer.Option(
-        "--cache-size",
-        metavar="SIZE",
-        parser=_bytes,
-        help="Memory for merged tiles, such as 512MiB; default: an eighth of what is free, at "
-        "most 512MiB.",
-    ),
-]
-
-
-# -- commands ------------------------------------------------------------------------------------
 
 
 @app.command()

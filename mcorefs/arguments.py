@@ -1,0 +1,88 @@
+"""The arguments and options that commands share: their names, and what `--help` says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mcorefs import wording
+from mcorefs.formats import NAMES
+from mcorefs.model import DTYPES, WEIGHTS
+
+
+def _bytes(text: str) -> int:
+    try:
+        return wording.parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="The Megatron checkpoint.")]
+Iteration = Annotated[
+    int | None,
+    typer.Option(
+        "--iteration", metavar="N", help="Which iteration; else the one its tracker file names."
+    ),
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="The format to read, where there are several: " + ", ".join(NAMES) + ".",
+    ),
+]
+FamilyName = Annotated[
+    str | None,
+    typer.Option("--family", help="The model's Hugging Face `model_type`, if it cannot be told."),
+]
+HfConfig = Annotated[
+    Path | None,
+    typer.Option(
+        "--hf-config",
+        metavar="DIR",
+        help="A local Hugging Face directory of the same architecture (weights not needed): fills "
+        "what Megatron does not record. Any contradiction is an error.",
+    ),
+]
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer", metavar="DIR|FILE", help="The tokenizer, if the checkpoint has none."
+    ),
+]
+RequireTokenizer = Annotated[
+    bool, typer.Option("--require-tokenizer", help="Refuse, rather than warn, if none is found.")
+]
+VocabSize = Annotated[
+    int | None,
+    typer.Option("--vocab-size", metavar="N", help="Cut the padding of the vocabulary after N."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help=f"Cast weights when they are read: {', '.join(DTYPES)}."),
+]
+WhichWeights = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        metavar="|".join(WEIGHTS),
+        help="The model's own weights, or the float32 main parameters in the optimizer's state, "
+        "of which they are roundings.",
+    ),
+]
+ShardSize = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file.")
+]
+CacheSize = Annotated[
+    int | None,
+    typer.Option(
+        "--cache-size",
+        metavar="SIZE",
+        parser=_bytes,
+        help="Memory for merged tiles, such as 512MiB; default: an eighth of what is free, at "
+        "most 512MiB.",
+    ),
+]
