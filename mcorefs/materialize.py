@@ -24,12 +24,12 @@ from mcorefs.reader import SafetensorsFile
 from mcorefs.tree import VirtualTree
 
 PARTIAL = ".mcorefs-partial"
-PIECE = 4 << 20
+PIECE = 1 << 20
 """Bytes that one thread copies at a time: what is in memory is this times the threads."""
-_WRITE = 256 << 10
-"""Bytes given to the kernel at once. Measured on ext4, Linux 6.18: 1 MiB and more cost five times
-the processor time (a folio that large has to be found), and copy_file_range, between offsets that
-are not page-aligned to each other, twice."""
+_WRITE = 64 << 10
+"""Bytes given to the kernel at once. Measured on ext4, Linux 6.18, in a virtual machine: larger
+writes take from one to five times the processor time, as memory happens to be (the page cache then
+wants large folios), these do not vary."""
 SYNC_EVERY = 256 << 20
 """Bytes after which a file's progress is put on disk, while other threads go on: keeps the disk
 busy from the start, and is the most that an interruption costs."""
