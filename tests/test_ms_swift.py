@@ -14,7 +14,9 @@ import pytest
 
 from mcorefs.errors import CheckpointError
 from mcorefs.files import read_all
+from mcorefs.locate import locate
 from mcorefs.model import Model, Options, load
+from mcorefs.trainers import companions
 from mcorefs.tree import build
 from tests.checkpoints import Fixture, ensure
 
@@ -123,11 +125,49 @@ def test_the_model_it_was_trained_from_is_found(
     is_whole(model, fixture)
 
 
-def test_names_of_its_own(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "stated", "model_type"),
+    [
+        ("4.6.0.dev0", "qwen3_moe", "qwen3_moe"),
+        ("4.0.0", "deepseek", "deepseek"),
+        ("4.0.0", "yi", "llama"),
+        ("3.9.3", "qwen3_moe_thinking", "qwen3_moe"),
+        ("3.9.3", "qwen2_5", "qwen2"),
+        ("3.9.3", "llama3_1", "llama"),
+        ("3.9.3", "deepseek", "llama"),
+        ("3.9.3", "moonlight", "deepseek_v3"),
+        ("3.12.6", "qwen3", "qwen3"),
+        (None, "qwen3_coder", "qwen3_moe"),
+        # Qwen3-30B-A3B-Instruct-2507 and Qwen3-4B-Instruct-2507 go by the same name.
+        ("3.9.3", "qwen3_nothinking", None),
+        ("3.9.3", "deepseek_r1_distill", None),
+        ("3.9.3", "glm4", None),
+        ("4.1.0", "glm4", "glm4"),
+        ("4.1.0", 7, None),
+    ],
+)
+def test_names_of_its_own(
+    fixtures: dict[str, Fixture],
+    tmp_path: Path,
+    version: str | None,
+    stated: object,
+    model_type: str | None,
+) -> None:
     fixture = fixtures["qwen3_moe-tp2-pp2-ep2"]
-    checkpoint = saved(fixture, tmp_path, model_type="qwen3_moe_thinking", swift_version="3.9.3")
-    model = load(checkpoint, Options(vocab_size=301))
-    assert model.choice.evidence == ("the trainer names model_type qwen3_moe",)
+    root = saved(fixture, tmp_path, model_type=stated, swift_version=version)
+    location = locate(root)
+    beside = companions(location, location.format.index(location.path))
+    assert (beside.trainer, beside.model_type) == ("ms-swift", model_type)
+
+
+def test_a_name_for_several_kinds_leaves_it_to_the_tensors(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["qwen3_moe-tp2-pp2-ep2"]
+    changes = {"model_type": "qwen3_nothinking", "swift_version": "3.9.3"}
+    model = load(saved(fixture, tmp_path, **changes), Options(vocab_size=301))
+    assert model.choice.family.name == "qwen3_moe"
+    is_whole(model, fixture)
 
 
 @pytest.mark.parametrize("name", ["../../etc", "a/b/c", "/etc\0", "x", "..", "Qwen/../x"])

@@ -5,7 +5,7 @@
     <save>/{args.json, latest_checkpointed_iteration.txt, iter_*}                               3.x
 
 It names the model that was trained (`model`: a directory or the hub's name; `model_dir`: where that
-was on the machine that trained) and its kind (`model_type`, mostly Hugging Face's own). Config and
+was on the machine that trained) and its kind (`model_type`). Config and
 tokenizer are seldom saved, so they are looked for there, and where the hubs' clients keep what they
 downloaded; nothing is downloaded. Layout facts: ms-swift:swift/megatron/trainers/base.py
 save_checkpoint, swift/arguments/base_args/base_args.py save_args.
@@ -25,14 +25,34 @@ from mcorefs.trainers.hub import local_copies
 ARGS = "args.json"
 _LEVELS = 2
 """Directories above the iterations in which `args.json` is looked for too."""
+_LLAMA, _QWEN2, _DEEPSEEK_V3 = "llama", "qwen2", "deepseek_v3"
 _MODEL_TYPES: Mapping[str, str] = {
-    "qwen3_moe_thinking": "qwen3_moe",
-    "qwen3_coder": "qwen3_moe",
-    "qwen3_thinking": "qwen3",
-    "qwen3_nothinking": "qwen3",
-    "qwen2_5": "qwen2",
+    "codefuse_codellama": _LLAMA,
+    "openbuddy_llama": _LLAMA,
+    "yi": _LLAMA,
 }
-"""ms-swift's own names of kinds of model; the others are Hugging Face's."""
+"""Kinds of model that its Megatron side trains, by ms-swift's own name where that is not Hugging
+Face's `model_type`; since 4.0 it mostly is (ms-swift:swift/model/constant.py)."""
+_MODEL_TYPES_3: Mapping[str, str | None] = {
+    **_MODEL_TYPES,
+    **dict.fromkeys(("qwen2_5", "qwen2_5_math", "qwq", "qwq_preview", "marco_o1"), _QWEN2),
+    **dict.fromkeys(("qwen3_thinking", "qwen3_guard"), "qwen3"),
+    **dict.fromkeys(("qwen3_moe_thinking", "qwen3_coder"), "qwen3_moe"),
+    "qwen3_next_thinking": "qwen3_next",
+    **dict.fromkeys(("llama3", "llama3_1", "llama3_2", "longwriter_llama3_1"), _LLAMA),
+    **dict.fromkeys(("deepseek", "yi_coder", "sus", "skywork_o1", "openbuddy_llama3"), _LLAMA),
+    **dict.fromkeys(("megrez", "reflection", "numina", "ziya", "mengzi3"), _LLAMA),
+    **dict.fromkeys(("deepseek_r1", "deepseek_v3_1", "moonlight", "kimi_k2"), _DEEPSEEK_V3),
+    "deepseek_v3_2": "deepseek_v32",
+    **dict.fromkeys(("glm4_5", "glm4_7"), "glm4_moe"),
+    "glm4_0414": "glm4",
+    "deepseek_moe": "deepseek",
+    # One name for several kinds, or for another kind than Hugging Face's of that name.
+    **dict.fromkeys(("qwen3_nothinking", "deepseek_r1_distill", "deepseek_v2_5"), None),
+    **dict.fromkeys(("ernie", "ernie_thinking", "glm4"), None),
+}
+"""The same before 4.0, when a name also told the chat template; None: nothing can be told by it
+(ms-swift@v3.12.6:swift/megatron/model/gpt/__init__.py, `architectures` in swift/llm/model)."""
 
 
 class MsSwift:
@@ -44,8 +64,6 @@ class MsSwift:
         found = _args(location.root)
         if found is None:
             return None
-        stated = found.get("model_type")
-        kind = _MODEL_TYPES.get(stated, stated) if isinstance(stated, str) else None
         named = [name for key in ("model_dir", "model") if isinstance(name := found.get(key), str)]
         directories = tuple(
             place
@@ -62,10 +80,20 @@ class MsSwift:
             self.name,
             checkpoint.args,
             checkpoint.args_source,
-            model_type=kind,
+            model_type=_model_type(found),
             hf_directories=directories,
             remarks=remarks,
         )
+
+
+def _model_type(args: Mapping[str, object]) -> str | None:
+    """Hugging Face's name of the kind of model; None if it cannot be told."""
+    stated, version = args.get("model_type"), args.get("swift_version")
+    if not isinstance(stated, str):
+        return None
+    major = version.partition(".")[0] if isinstance(version, str) else ""
+    is_old = not major.isdecimal() or int(major) < 4
+    return _MODEL_TYPES_3.get(stated, stated) if is_old else _MODEL_TYPES.get(stated, stated)
 
 
 def _args(root: Path) -> dict[str, object] | None:
