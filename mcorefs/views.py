@@ -43,6 +43,12 @@ class View(Protocol):
         ...
 
 
+class Computed:
+    """A node whose bytes are not those of its sources: it looks at values."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as the checkpoint holds it."""
@@ -278,7 +284,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class To:
+class To(Computed):
     """The values of `source` as another float dtype, rounded to nearest even: the bits of
     torch.Tensor.to. A nan stays a nan; its other bits are not kept, and torch's own vary.
 
@@ -326,7 +332,7 @@ def leaves(view: View) -> Iterator[StoredTensor]:
 
 def moves_only(view: View) -> bool:
     """Whether the bytes of `view` are bytes of its stored tensors, only arranged anew."""
-    return not isinstance(view, To) and all(moves_only(source) for source in view.sources)
+    return not isinstance(view, Computed) and all(moves_only(source) for source in view.sources)
 
 
 def _replace(values: Shape, axis: int, value: int) -> Shape:
