@@ -11,6 +11,6 @@ transformers and megatron-core are only imported by the writer process (`launche
 """
 
 from .pool import Fixture, ensure, write
-from .spec import PADDING_VALUE, SPECS, Spec
+from .spec import ADAPTED, PADDING_VALUE, SPECS, Spec
 
-__all__ = ["PADDING_VALUE", "SPECS", "Fixture", "Spec", "ensure", "write"]
+__all__ = ["ADAPTED", "PADDING_VALUE", "SPECS", "Fixture", "Spec", "ensure", "write"]

@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from . import hf, megatron_writer, stand_ins
+from . import hf, lora, megatron_writer, stand_ins
 from .spec import Spec
 
 PR_SET_PDEATHSIG = 1
@@ -51,7 +51,7 @@ def write_fixture(spec: Spec, final: Path, timeout_s: float) -> None:
 
         def rank(number: int) -> Task:
             return lambda: megatron_writer.write_rank(
-                spec, work / "hf", work / "root", final / "root", number, rendezvous, timeout_s
+                spec, work, work / "root", final / "root", number, rendezvous, timeout_s
             )
 
         run_all([rank(number) for number in range(spec.world)], deadline)
@@ -63,7 +63,11 @@ def write_fixture(spec: Spec, final: Path, timeout_s: float) -> None:
 
 
 def _write_oracle(spec: Spec, directory: Path) -> None:
-    hf.save_model(spec, directory / "hf")
+    if spec.adapter is None:
+        hf.save_model(spec, directory / "hf")
+    else:
+        hf.save_model(spec, directory / "base")
+        lora.save_adapter(spec, directory / "base", directory / "adapter", directory / "hf")
     hf.save_tokenizer(spec, directory / "tokenizer")
 
 

@@ -24,7 +24,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn.functional import silu
 
-from . import fsdp_writer, torch_writer
+from . import adapters, fsdp_writer, torch_writer
 from .hf import TORCH_DTYPES
 from .optimizers import make_optimizer
 from .saved_again import save_again
@@ -37,17 +37,23 @@ StateDict = dict[str, Any]
 
 def write_rank(
     spec: Spec,
-    hf: Path,
+    oracle: Path,
     root: Path,
     final_root: Path,
     rank: int,
     rendezvous: Path,
     timeout_s: float,
 ) -> None:
-    """Runs in process `rank` of `spec.world`. Writes under `root`; args will say `final_root`."""
+    """Runs in process `rank` of `spec.world`. Writes under `root`; args will say `final_root`.
+
+    `oracle`: the directory with what launcher.py writes first.
+    """
     init_parallel(spec, rank, rendezvous, timeout_s)
     models = build_models(spec)
+    hf = oracle / ("hf" if spec.adapter is None else "base")
     load(spec, models, hf)
+    if spec.adapter is not None:
+        adapters.add_adapters(spec, models, oracle / "adapter")
     if spec.flat_buffers:
         torch_writer.flatten(models)
     directory = root / spec.iteration_dir
@@ -233,6 +239,8 @@ def _save(spec: Spec, models: list[GPTModel], hf: Path, args: Namespace, directo
         "num_floating_point_operations_so_far": 1.5e15,
         **model_states(spec, models),
     }
+    if spec.adapter is not None:
+        state |= {n: adapters.saved(spec, state[n]) for n in state if n.startswith("model")}
     if spec.optimizer_entries:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         state["optimizer"] = make_optimizer(spec, models, hf).sharded_state_dict(

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .spec import SPECS, Spec
+from .spec import ADAPTED, SPECS, Spec
 
 GENERATOR_FILES = (
+    "adapters.py",
     "fsdp_writer.py",
     "hf.py",
+    "lora.py",
     "megatron_writer.py",
     "optimizers.py",
     "saved_again.py",
@@ -63,6 +65,11 @@ class Fixture:
         return self.directory / "hf"
 
     @property
+    def adapter(self) -> Path:
+        """Of a spec with an adapter: its matrices, by Hugging Face's names for the layers."""
+        return self.directory / "adapter"
+
+    @property
     def tokenizer(self) -> Path:
         return self.directory / "tokenizer"
 
@@ -70,8 +77,9 @@ class Fixture:
 def ensure(names: Iterable[str]) -> dict[str, Fixture]:
     """The named fixtures, written first if the cache lacks them (all in one process pool)."""
     cache = cache_directory()
+    specs = {name: ADAPTED[name] if name in ADAPTED else SPECS[name] for name in names}
     fixtures = {
-        name: Fixture(SPECS[name], cache / f"{name}-{_digest(SPECS[name])}") for name in names
+        name: Fixture(spec, cache / f"{name}-{_digest(spec)}") for name, spec in specs.items()
     }
     if _missing(fixtures):
         cache.mkdir(parents=True, exist_ok=True)
@@ -120,6 +128,8 @@ def _missing(fixtures: Mapping[str, Fixture]) -> dict[str, Fixture]:
 def _digest(spec: Spec) -> str:
     sources = [(Path(__file__).parent / name).read_text() for name in GENERATOR_FILES]
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    if spec.adapter is not None:
+        versions.append((REPOSITORY / "scripts/trainers.txt").read_text())
     text = json.dumps([spec.to_json(), sources, versions])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

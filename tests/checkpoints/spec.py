@@ -26,6 +26,9 @@ ShardingType = Literal["dp_reshardable", "fully_reshardable", "dp_zero_gather_sc
 """`distrib_optim_sharding_type`. megatron-core 0.16 still reads but cannot write
 fully_sharded_model_space and fully_sharded_bucket_space."""
 
+Trainer = Literal["ms-swift", "megatron-bridge", "canonical"]
+"""Whose LoRA modules; "canonical" are Megatron-Bridge's for q, k, v, gate and up apart."""
+
 PADDING_VALUE = 777.0
 """Fills the vocabulary rows that only exist in Megatron: forgetting to cut them is seen at once
 (bf16 stores 776)."""
@@ -97,6 +100,16 @@ class Spec:
     split_halves: bool = True
     """Format "fsdp_dtensor": the gate and up rows of linear_fc1 in entries of their own, as a run
     with --swiglu saves them. Other runs with a gated MLP (--quick-geglu) save it in one."""
+    adapter: Trainer | None = None
+    """The model has LoRA modules, and the oracle their product merged into its weights."""
+    adapter_only: bool = False
+    """Nothing but the adapter is saved."""
+    lora_rank: int = 8
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+    rank_stabilised: bool = False
+    trains_head: bool = False
+    """The output layer is trained whole (PEFT's modules_to_save)."""
     common: Common = "common.pt"
     iteration: int | Literal["release"] = 100
 
@@ -356,3 +369,42 @@ SPECS: dict[str, Spec] = {
     "dcp-qwen3_moe-dp2": _DCP_MOE.but(dp=2, fp32_router=False, seed=93),
     "dcp-qwen3_moe-dp3": _DCP_MOE.but(dp=3, experts=4, names="te", common="no_args", seed=94),
 }
+
+_PEFT = _DENSE.but(adapter="ms-swift", lora_alpha=32)
+_BRIDGE = _DENSE.but(adapter="megatron-bridge", common="no_args")
+_EXPERTS = {"family": "qwen3_moe", "vocab_size": 301}
+
+ADAPTED: dict[str, Spec] = {
+    "swift-qwen3": _PEFT.but(seed=120),
+    "swift-qwen3-tp2-only": _PEFT.but(tp=2, adapter_only=True, seed=121),
+    "swift-qwen3-tp4-rslora-head": _PEFT.but(
+        tp=4, rank_stabilised=True, trains_head=True, vocab_divisible_by=32, seed=122
+    ),
+    "swift-qwen3_moe-tp2-pp2-ep2-only": _PEFT.but(
+        **_EXPERTS,
+        tp=2,
+        pp=2,
+        ep=2,
+        etp=1,
+        adapter_only=True,
+        lora_targets=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router"),
+        seed=123,
+    ),
+    "swift-qwen3_moe-mixed-fp32": _PEFT.but(
+        **_EXPERTS, tp=2, etp=1, moe_layer_freq=(0, 1, 1, 1), dtype="fp32", seed=124
+    ),
+    "bridge-qwen3-tp2": _BRIDGE.but(tp=2, seed=125),
+    "bridge-qwen3-pp2-only": _BRIDGE.but(pp=2, tied=True, adapter_only=True, seed=126),
+    "bridge-qwen3_moe-only": _BRIDGE.but(**_EXPERTS, adapter_only=True, lora_alpha=12, seed=127),
+    "bridge-qwen3-tp2-canonical": _BRIDGE.but(tp=2, adapter="canonical", seed=128),
+    "bridge-qwen3-canonical-some-only": _BRIDGE.but(
+        adapter="canonical", lora_targets=("linear_qkv", "linear_fc1"), adapter_only=True, seed=129
+    ),
+    # The base models of those that are only an adapter: the same model by its seed, cut otherwise.
+    "swift-qwen3-tp2-only-base": _DENSE.but(pp=2, seed=121),
+    "swift-qwen3_moe-tp2-pp2-ep2-only-base": _MOE.but(ep=2, dp=2, etp=1, seed=123),
+    "bridge-qwen3-pp2-only-base": _DENSE.but(tp=2, tied=True, seed=126),
+    "bridge-qwen3_moe-only-base": _MOE.but(tp=2, seed=127),
+    "bridge-qwen3-canonical-some-only-base": _DENSE.but(tp=2, common="no_args", seed=129),
+}
+"""Models with LoRA modules, and models to which an adapter belongs."""

@@ -130,7 +130,7 @@ def _layer(spec: Spec, rank: Rank, hf: HFTensors, layer: str, name: str) -> Tens
     if name in whole:
         return hf.whole(layer + whole[name])
     if name.startswith("self_attention.linear_qkv."):
-        return _qkv(spec, rank, hf, f"{layer}self_attn.", name.rpartition(".")[2])
+        return qkv(spec, rank, hf, f"{layer}self_attn.", name.rpartition(".")[2])
     if name == "self_attention.linear_proj.weight":
         return hf.part(f"{layer}self_attn.o_proj.weight", 1, rank.tp, spec.tp)
     if name.startswith("mlp.linear_"):
@@ -149,7 +149,7 @@ def _vocabulary(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     return torch.cat([real, padding])
 
 
-def _qkv(spec: Spec, rank: Rank, hf: HFTensors, prefix: str, parameter: str) -> Tensor:
+def qkv(spec: Spec, rank: Rank, hf: HFTensors, prefix: str, parameter: str) -> Tensor:
     queries = spec.heads // spec.kv_heads * spec.head_dim
     q, k, v = (hf.whole(f"{prefix}{x}_proj.{parameter}") for x in "qkv")
     groups: list[Tensor] = []
