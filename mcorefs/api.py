@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +15,7 @@ from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import DType
 from mcorefs.files import VirtualFile
 from mcorefs.mapping.plan import HfTensor
-from mcorefs.model import Options
+from mcorefs.model import Options, parse_adapter
 from mcorefs.reader import Reader
 from mcorefs.tree import open_tree
 from mcorefs.views import Array
@@ -39,6 +39,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     vocab_size: int | None = None,
     dtype: str | None = None,
     weights: str = "model",
+    adapter: str | PathLike[str] | None = None,
     shard_size: int | str = "50GB",
     cache_size: int | None = None,
 ) -> Checkpoint:
@@ -52,6 +53,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     Reads metadata only. `framework` "pt" gives torch tensors, "np" NumPy arrays (bfloat16 and
     float8 as ml_dtypes). Raises CheckpointError or MappingError with every problem found.
     """
+    path_of_adapter, scale = (None, None) if adapter is None else parse_adapter(fspath(adapter))
     options = Options(
         iteration=iteration,
         format=format,
@@ -61,6 +63,8 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         vocab_size=vocab_size,
         dtype=dtype,
         weights=weights,
+        adapter=path_of_adapter,
+        adapter_scale=scale,
         shard_size=shard_size,
         cache_bytes=cache_size,
     )

@@ -73,6 +73,15 @@ WhichWeights = Annotated[
         "of which they are roundings.",
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH[:SCALE]",
+        help="A checkpoint that holds a LoRA adapter (ms-swift, Megatron-Bridge): merged into the "
+        "weights when they are read. SCALE replaces alpha / r.",
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file.")
 ]

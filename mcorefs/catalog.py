@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mcorefs.index import StoredTensor
-from mcorefs.names import expert_of, unwrapped
+from mcorefs.names import expert_of, is_of_adapter, of_base, unwrapped
 from mcorefs.views import Cat, Flatten, Permute, Select, Stored, Unflatten, View
 
 LAYER_STACKS = ("decoder.layers.",)
@@ -27,13 +27,11 @@ LAYER_STACKS = ("decoder.layers.",)
 NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
 """Router counters (megatron/core/transformer/moe/router.py): training state, never a weight."""
 
-_ADAPTER = re.compile(
-    r"\.(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save|adapter)\."
-)
-"""PEFT's names, as ms-swift saves them, and Megatron-Bridge's (peft/adapter_wrapper.py)."""
-
 _EXPERTS = ".mlp.experts.experts."
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
+
+
+Named = list[tuple[str, StoredTensor]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,9 @@ class Catalog:
 
     tensors: Mapping[str, View]
     problems: tuple[str, ...]
+    adapter: Mapping[str, View] = field(default_factory=dict)
+    """What a LoRA adapter adds, named alike: ...linear_qkv.lora_A.default.weight. What all experts
+    of a layer share goes by ...experts.*.linear_fc1....; the rows of linear_fc1 are as stored."""
 
 
 def build(
@@ -52,59 +53,51 @@ def build(
     `fc1_ranks`: fqns whose rows are the gate, then the up rows of each of so many ranks in turn.
     """
     problems: list[str] = []
+    base, adapter = _split(stored)
+    layers = _by_layer(base, fc1_ranks or {})
+    tensors = _unique(_joined_halves(_by_expert(layers), problems), problems)
+    added = _unique(_by_expert(_by_layer(adapter, {})), problems)
+    return Catalog(tensors, tuple(problems), added)
+
+
+def _split(stored: Mapping[str, StoredTensor]) -> tuple[Named, Named]:
+    """(tensors of the model, those of an adapter) by their names from the root of the model;
+    without what is never a weight."""
+    base: Named = []
+    adapter: Named = []
+    for fqn, tensor in stored.items():
+        name = unwrapped(fqn)
+        if is_of_adapter(name):
+            adapter.append((name, tensor))
+        elif not NOT_WEIGHTS.search(name):
+            base.append((of_base(name), tensor))
+    return base, adapter
+
+
+def _unique(named: Iterator[tuple[str, View]], problems: list[str]) -> dict[str, View]:
     tensors: dict[str, View] = {}
-    named = _without_adapters(_unwrapped(stored), problems)
-    layers = _by_layer(named, fc1_ranks or {})
-    for name, view in _joined_halves(_by_expert(layers), problems):
+    for name, view in named:
         if name in tensors:
             problems.append(f"{name} is stored twice, in two dialects")
         tensors[name] = view
-    return Catalog(tensors, tuple(problems))
+    return tensors
 
 
-def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Names from the root of the model; without what is never a weight."""
-    for fqn, tensor in stored.items():
-        if not NOT_WEIGHTS.search(fqn):
-            yield unwrapped(fqn), tensor
-
-
-def _without_adapters(
-    named: Iterator[tuple[str, StoredTensor]], problems: list[str]
-) -> Iterator[tuple[str, StoredTensor]]:
-    """The tensors of the base model; adapters, which change what it computes, are a problem."""
-    adapters: list[str] = []
-    for fqn, tensor in named:
-        if _ADAPTER.search(fqn):
-            adapters.append(fqn)
-        else:
-            yield fqn, tensor
-    if adapters:
-        problems.append(
-            f"the checkpoint holds {len(adapters)} tensors of a LoRA adapter ({adapters[0]}, ...), "
-            "which cannot be merged on read yet; merge it into its base model with the framework "
-            "that trained it (ms-swift: --merge_lora true; Megatron-Bridge: "
-            "examples/peft/merge_lora.py)"
-        )
-
-
-def _by_layer(
-    named: Iterator[tuple[str, StoredTensor]], fc1_ranks: Mapping[str, int]
-) -> Iterator[tuple[str, View]]:
+def _by_layer(named: Named, fc1_ranks: Mapping[str, int]) -> Iterator[tuple[str, View]]:
     """Layer axis -> one tensor per layer."""
     for fqn, tensor in named:
         prefix = next((p for p in LAYER_STACKS if fqn.startswith(p)), None)
         view: View = Stored(tensor)
         if prefix is None or fqn[len(prefix) :][:1].isdigit() or not tensor.shape:
             ranks = fc1_ranks.get(tensor.fqn)
-            yield fqn, view if ranks is None else _gate_above_up(view, ranks)
+            yield fqn, view if ranks is None else gate_above_up(view, ranks)
             continue
         rest = fqn[len(prefix) :]
         for layer in range(tensor.shape[0]):
             yield f"{prefix}{layer}.{rest}", Select(view, 0, layer)
 
 
-def _gate_above_up(view: View, ranks: int) -> View:
+def gate_above_up(view: View, ranks: int) -> View:
     """All gate rows, then all up rows, of what holds both for one rank after the other."""
     parts = Unflatten(view, 0, (ranks, 2, view.shape[0] // (2 * ranks)))
     axes = (1, 0, *range(2, len(parts.shape)))
@@ -120,6 +113,8 @@ def _by_expert(tensors: Iterator[tuple[str, View]]) -> Iterator[tuple[str, View]
             yield name if named is None else "{}.{}.{}".format(*named), view
         elif rest[:1].isdigit() or not view.shape:
             yield f"{before}.mlp.experts.{rest}", view
+        elif is_of_adapter(name) and len(view.shape) == 2:
+            yield f"{before}.mlp.experts.*.{rest}", view
         else:
             for expert in range(view.shape[0]):
                 yield f"{before}.mlp.experts.{expert}.{rest}", Select(view, 0, expert)

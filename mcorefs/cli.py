@@ -17,6 +17,7 @@ from rich.console import Console
 
 from mcorefs import wording
 from mcorefs.arguments import (
+    Adapter,
     CacheSize,
     Ckpt,
     Dtype,
@@ -31,7 +32,7 @@ from mcorefs.arguments import (
     WhichWeights,
 )
 from mcorefs.errors import McorefsError
-from mcorefs.model import Options
+from mcorefs.model import Options, parse_adapter
 
 if TYPE_CHECKING:
     from mcorefs.tree import Opened, Source
@@ -67,6 +68,7 @@ def mount(
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
     weights: WhichWeights = "model",
+    adapter: Adapter = None,
     shard_size: ShardSize = "50GB",
     cache_size: CacheSize = None,
     foreground: Annotated[
@@ -112,6 +114,7 @@ def mount(
         dtype,
         weights,
         format_name,
+        adapter,
     )
     opened = open_tree(ckpt, replace(options, shard_size=shard_size, cache_bytes=cache_size))
     source, tree = opened.source, opened.tree
@@ -154,6 +157,7 @@ def materialize(
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
     weights: WhichWeights = "model",
+    adapter: Adapter = None,
     shard_size: ShardSize = "50GB",
     threads: Annotated[
         int | None,
@@ -178,6 +182,7 @@ def materialize(
         dtype,
         weights,
         format_name,
+        adapter,
     )
     opened = open_tree(ckpt, replace(options, shard_size=shard_size))
     source, tree = opened.source, opened.tree
@@ -205,6 +210,7 @@ def inspect(
     tokenizer: TokenizerPath = None,
     vocab_size: VocabSize = None,
     weights: WhichWeights = "model",
+    adapter: Adapter = None,
 ) -> None:
     """Say what CKPT is and whether it is whole: format, iterations, layout, family, missing shards.
 
@@ -213,7 +219,16 @@ def inspect(
     from mcorefs.inspection import inspect as look
 
     options = _options(
-        iteration, family, hf_config, tokenizer, False, vocab_size, None, weights, format_name
+        iteration,
+        family,
+        hf_config,
+        tokenizer,
+        False,
+        vocab_size,
+        None,
+        weights,
+        format_name,
+        adapter,
     )
     found = look(ckpt, options)
     if as_json:
@@ -246,6 +261,7 @@ def verify(
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
     weights: WhichWeights = "model",
+    adapter: Adapter = None,
 ) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
@@ -260,7 +276,7 @@ def verify(
 
     checks: list[Check] = []
     options = _options(
-        iteration, family, hf_config, None, False, vocab_size, dtype, weights, format_name
+        iteration, family, hf_config, None, False, vocab_size, dtype, weights, format_name, adapter
     )
     sound = True
     if deep or hf_dir is not None:
@@ -325,7 +341,9 @@ def _options(
     dtype: str | None,
     weights: str,
     format_name: str | None,
+    adapter: str | None,
 ) -> Options:
+    path, scale = (None, None) if adapter is None else _adapter(adapter)
     return Options(
         iteration=iteration,
         format=format_name,
@@ -336,7 +354,16 @@ def _options(
         vocab_size=vocab_size,
         dtype=dtype,
         weights=weights,
+        adapter=path,
+        adapter_scale=scale,
     )
+
+
+def _adapter(text: str) -> tuple[Path, float | None]:
+    try:
+        return parse_adapter(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--adapter") from None
 
 
 def _say(text: str) -> None:

@@ -9,12 +9,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from mcorefs.adapters import outline
+from mcorefs.catalog import build
 from mcorefs.errors import CheckpointError, MappingError, NoWeightsError
 from mcorefs.formats import HUGGINGFACE, Checkpoint
 from mcorefs.locate import Location, locate
 from mcorefs.model import Model, Options, which_weights
 from mcorefs.passthrough import instead
+from mcorefs.trainers import LoraTraining, companions
 from mcorefs.tree import Source, source_at
+from mcorefs.views import View
 
 PARALLEL: Mapping[str, str] = {
     "TP": "tensor_model_parallel_size",
@@ -26,6 +30,24 @@ PARALLEL: Mapping[str, str] = {
     "DP": "data_parallel_size",
 }
 """Names of the parallel sizes among the training arguments."""
+
+
+@dataclass(frozen=True)
+class LoraFound:
+    """A LoRA adapter, in the checkpoint or given to it."""
+
+    path: str
+    ranks: tuple[int, ...]
+    alpha: float | None
+    """None where the run does not say, as for the rest."""
+    is_rank_stabilised: bool
+    targets: tuple[str, ...]
+    """Names of the modules that it changes."""
+    trained_whole: tuple[str, ...]
+    """Names of those that it replaces."""
+    base: str | None
+    """The base model that it is merged into, or else the one that it was trained on top of; None
+    where both are in the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +82,7 @@ class Inspection:
     """Entries left aside, by kind."""
     dtypes: Mapping[str, int] = field(default_factory=dict)
     """Number of tensors of each dtype."""
+    adapter: LoraFound | None = None
     tokenizer: str | None = None
     """Where the tokenizer is from; None if there is none."""
     remarks: tuple[str, ...] = ()
@@ -87,6 +110,7 @@ def inspect(path: Path, options: Options) -> Inspection:
         return replace(found, problems=(str(error),))
     found = replace(found, path=str(location.path), format=location.format.name)
     found = _of_checkpoint(found, checkpoint)
+    found = replace(found, adapter=_adapter(location, checkpoint))
     try:
         return _of_source(found, source_at(location, options))
     except MappingError as error:
@@ -118,6 +142,30 @@ def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
     )
 
 
+def _adapter(location: Location, checkpoint: Checkpoint) -> LoraFound | None:
+    """The adapter that the checkpoint itself holds."""
+    added = build(checkpoint.tensors).adapter
+    if not added:
+        return None
+    training = companions(location, checkpoint).lora or LoraTraining()
+    return _lora(location.path, added, training, training.base)
+
+
+def _lora(
+    path: Path, added: Mapping[str, View], training: LoraTraining, base: str | None
+) -> LoraFound:
+    shape = outline(added)
+    return LoraFound(
+        str(path),
+        shape.ranks,
+        training.alpha,
+        training.is_rank_stabilised,
+        shape.targets,
+        shape.whole,
+        base,
+    )
+
+
 def _of_source(found: Inspection, source: Source) -> Inspection:
     dtypes: dict[str, int] = {}
     for tensor in source.tensors:
@@ -136,6 +184,10 @@ def _of_source(found: Inspection, source: Source) -> Inspection:
         found = replace(found, parameters=parameters, total_bytes=total)
     if not isinstance(source, Model):
         return replace(found, args_source=None)
+    if (adapted := source.adapted) is not None:
+        added = build(source.checkpoint.tensors).adapter
+        base = None if adapted.base is None else str(adapted.base)
+        found = replace(found, adapter=_lora(adapted.path, added, adapted.training, base))
     return replace(
         found,
         evidence=source.choice.evidence,

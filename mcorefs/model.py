@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from mcorefs import catalog
+from mcorefs import adapters, catalog
+from mcorefs.adapters import Adapter, Saved, Terms
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.formats import HUGGINGFACE, Checkpoint, WeightsFrom
@@ -19,7 +21,9 @@ from mcorefs.mapping.family import Facts
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
-from mcorefs.trainers import Companions, companions
+from mcorefs.sources import Adapted, read_sources
+from mcorefs.trainers import Companions
+from mcorefs.views import View
 
 DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS: tuple[WeightsFrom, ...] = get_args(WeightsFrom)
@@ -44,6 +48,10 @@ class Options:
     """Cast weights on read: one of DTYPES."""
     weights: str = "model"
     """One of WEIGHTS; "optimizer" gives float32 unless `dtype` says otherwise."""
+    adapter: Path | None = None
+    """A checkpoint that holds a LoRA adapter, to be merged into the weights."""
+    adapter_scale: float | None = None
+    """What B @ A is multiplied with; None: alpha / r, as in training."""
     shard_size: int | str = "50GB"
     """Largest safetensors file; default as transformers 5."""
     cache_bytes: int | None = None
@@ -65,6 +73,8 @@ class Model:
     tokenizer: Tokenizer
     remarks: tuple[str, ...]
     """What the user should know: what was assumed, cut, kept or not found."""
+    adapted: Adapted | None = None
+    """The LoRA adapter that is merged into the weights, if any."""
 
     @property
     def architecture(self) -> str:
@@ -89,15 +99,17 @@ def load_at(location: Location, options: Options) -> Model:
             f"{location.path} is a Hugging Face model directory already: no conversion is needed, "
             "pass it to from_pretrained as it is"
         )
-    checkpoint = location.format.index(location.path, weights)
-    beside = companions(location, checkpoint)
+    sources = read_sources(location, weights, options.adapter)
+    checkpoint, beside = sources.checkpoint, sources.companions
     reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)
     refused = f"{location.path} cannot be presented as a Hugging Face model:"
     if not canonical.tensors:
         raise MappingError(refused, canonical.problems)
-    choice = choose(canonical.tensors, options.family, reference, beside.model_type)
-    facts, said, problems = gather(canonical.tensors, beside.args, reference, options.vocab_size)
+    adapter = adapters.sort_out(canonical.adapter, canonical.tensors)
+    trained: dict[str, View] = {**canonical.tensors, **adapter.whole}
+    choice = choose(trained, options.family, reference, beside.model_type)
+    facts, said, problems = gather(trained, beside.args, reference, options.vocab_size)
     remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
     trained_in = facts.args.get("params_dtype")
     if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
@@ -105,7 +117,11 @@ def load_at(location: Location, options: Options) -> Model:
             f"the run computed in {trained_in} but saved the float32 weights that its optimizer "
             f"keeps, which are served as they are (--dtype {trained_in} rounds them)"
         )
-    tensors, faults = plan(choice.family, canonical.tensors, facts, dtype)
+    if sources.adapted is not None:
+        trained, faults = _merged(adapter, trained, facts, sources.adapted, options)
+        problems += [*adapter.problems, *faults]
+        remarks += adapter.remarks
+    tensors, faults = plan(choice.family, trained, facts, dtype)
     problems += [*canonical.problems, *faults]
     tokenizer = find(
         options.tokenizer,
@@ -146,7 +162,35 @@ def load_at(location: Location, options: Options) -> Model:
         generation,
         tokenizer,
         tuple(remarks),
+        sources.adapted,
     )
+
+
+def _merged(
+    adapter: Adapter,
+    trained: Mapping[str, View],
+    facts: Facts,
+    adapted: Adapted,
+    options: Options,
+) -> tuple[dict[str, View], list[str]]:
+    """The tensors of the model with the adapter, and every problem."""
+    saved = Saved.of(adapted.args, adapted.format)
+    terms = Terms(adapted.training, options.adapter_scale, facts.dims, saved)
+    return adapters.merge(adapter, trained, terms)
+
+
+def parse_adapter(text: str) -> tuple[Path, float | None]:
+    """A path, or a path and the scale behind a colon. Raises ValueError if that is no number."""
+    before, colon, behind = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), None
+    try:
+        scale = float(behind)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ValueError(f"{text}: there is no such path, and {behind!r} is no scale")
+    return Path(before), scale
 
 
 def _reference(options: Options, beside: Companions) -> Reference:

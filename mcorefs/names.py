@@ -1,16 +1,26 @@
 """Names that Megatron's modules give to their parameters, for all that meet them on disk.
 
 Sources: Megatron-LM:megatron/core/transformer/moe/experts.py, extensions/transformer_engine.py and
-transformer/fsdp_dtensor_checkpoint.py.
+transformer/fsdp_dtensor_checkpoint.py; peft:src/peft/tuners/lora/layer.py, utils/other.py.
 """
 
 from __future__ import annotations
 
 import re
 
-WRAPPERS = re.compile(r"(?:(?:module|model)\.)+(?=(?:embedding|decoder|output_layer|mtp)\.)")
+WRAPPERS = re.compile(
+    r"(?:(?:module|model|base_model)\.)+(?=(?:embedding|decoder|output_layer|mtp)\.)"
+)
 """What a training framework wraps around the model (NeMo 2: `module.`, NeMo 1: `model.`,
-Megatron-FSDP: `model.module.`)."""
+Megatron-FSDP: `model.module.`, PEFT: `base_model.model.`)."""
+
+_ADAPTER = re.compile(
+    r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save"
+    r"|adapter\.(?:adapter_\w+\.)?(?:linear_in|linear_out|weight_magnitude))(?:\.|$)"
+)
+"""PEFT's names, as ms-swift saves them, and Megatron-Bridge's (peft/adapter_wrapper.py)."""
+_WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
+"""What PEFT puts between a module that it adapts, or trains a copy of, and its parameters."""
 
 Expert = tuple[str, int, str]
 """(module that holds the experts, number, parameter): ("decoder.layers.0.mlp.experts", 3,
@@ -23,6 +33,21 @@ _GROUPED = re.compile(r"(.+\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d{1,9})
 def unwrapped(name: str) -> str:
     """`name` from the root of the model."""
     return WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether `name` is that of a tensor which an adapter adds to its base model."""
+    return _ADAPTER.search(name) is not None
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether `name` is that of a tensor of the base model as PEFT calls it."""
+    return _WRAPPED.search(name) is not None
+
+
+def of_base(name: str) -> str:
+    """`name` as it is without PEFT around its module."""
+    return _WRAPPED.sub("", name)
 
 
 def expert_of(name: str) -> Expert | None:

@@ -121,6 +121,7 @@ def _unfit(options: Options) -> list[str]:
         "--dtype": options.dtype,
         "--vocab-size": options.vocab_size,
         "--tokenizer": options.tokenizer,
+        "--adapter": options.adapter,
         "--weights": None if options.weights == "model" else options.weights,
     }
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mcorefs.formats import HUGGINGFACE
 from mcorefs.formats.base import MAX_SHOWN
-from mcorefs.inspection import Inspection
+from mcorefs.inspection import Inspection, LoraFound
 from mcorefs.passthrough import Passthrough
 from mcorefs.tree import Source
 from mcorefs.verify import Findings
@@ -113,6 +113,8 @@ def inspection(found: Inspection) -> Iterator[tuple[str, str]]:
         ("arguments", found.args_source),
         ("shard files", found.shard_files and _shards(found)),
         ("left aside", _pairs(found.skipped)),
+        ("adapter", found.adapter and _lora(found.adapter)),
+        ("base model", found.adapter and (found.adapter.base or "in the same checkpoint")),
     )
     yield from ((label, text) for label, text in lines if text)
     if found.architecture:
@@ -121,6 +123,16 @@ def inspection(found: Inspection) -> Iterator[tuple[str, str]]:
     yield from (("PROBLEM", problem) for problem in found.problems)
     if not found.problems:
         yield "verdict", "whole; can be mounted"
+
+
+def _lora(adapter: LoraFound) -> str:
+    ranks = " and ".join(map(str, adapter.ranks))
+    scaled = ", scaled by the root of the rank" if adapter.is_rank_stabilised else ""
+    alpha = "unknown" if adapter.alpha is None else f"{adapter.alpha:g}"
+    said = f"LoRA in {adapter.path}: rank {ranks}, alpha {alpha}{scaled}, on "
+    said += ", ".join(adapter.targets) or "no module"
+    whole = ", ".join(adapter.trained_whole)
+    return f"{said}; {whole} trained whole" if whole else said
 
 
 def _no_tokenizer(found: Inspection) -> str:

@@ -12,9 +12,11 @@ from mcorefs.boxes import Box, Shape
 from mcorefs.catalog import Catalog, build
 from mcorefs.dtypes import BY_NAME
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.names import unwrapped
 from mcorefs.views import Array, View
 
 QKV = "self_attention.linear_qkv.weight"
+LORA = "self_attention.linear_qkv."
 LAYERS, EXPERTS, ROWS, COLUMNS = 3, 4, 6, 5
 
 
@@ -258,23 +260,69 @@ def test_halves_that_do_not_fit_are_problems() -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "shape", "canonical"),
     [
-        "decoder.layers.self_attention.linear_qkv.lora_A.default.weight",  # ms-swift
-        "decoder.layers.0.mlp.linear_fc2.lora_B.default.weight",
-        "output_layer.modules_to_save.default.weight",
-        "decoder.layers.mlp.linear_fc1.adapter.linear_in.weight",  # Megatron-Bridge
-        "decoder.layers.self_attention.linear_qkv.adapter.adapter_q.linear_out.weight",
-        "module.decoder.layers.mlp.linear_fc1.adapter.linear_in.weight",
+        # ms-swift
+        (
+            f"decoder.layers.{LORA}lora_A.default.weight",
+            (2, 4, 5),
+            f"decoder.layers.1.{LORA}lora_A",
+        ),
+        ("base_model.model.decoder.layers.1.mlp.linear_fc2.lora_B.default.weight", (4, 2), ""),
+        ("output_layer.modules_to_save.default.weight", (4, 2), ""),
+        # Megatron-Bridge
+        ("module.decoder.layers.1.mlp.linear_fc1.adapter.linear_in.weight", (4, 2), ""),
+        (
+            f"decoder.layers.{LORA}adapter.adapter_q.linear_out.weight",
+            (2, 4, 5),
+            f"decoder.layers.1.{LORA}adapter.adapter_q",
+        ),
+        (
+            "decoder.layers.mlp.experts.experts.linear_fc1.adapter.linear_in.weight",
+            (2, 3, 4, 5),
+            "decoder.layers.1.mlp.experts.2.linear_fc1.adapter",
+        ),
+        (
+            "decoder.layers.mlp.experts.experts.linear_fc1.adapter.linear_in.weight",
+            (2, 4, 5),
+            "decoder.layers.1.mlp.experts.*.linear_fc1.adapter",
+        ),
+        (
+            "decoder.layers.1.mlp.experts.experts.2.linear_fc1.lora_A.default.weight",
+            (4, 5),
+            "decoder.layers.1.mlp.experts.2.linear_fc1.lora_A",
+        ),
     ],
 )
-def test_adapters_are_one_problem_and_no_tensors(name: str) -> None:
-    arrays = {"embedding.word_embeddings.weight": EMBEDDING, name: array(1, 2, 3)}
+def test_what_an_adapter_adds_is_kept_apart(name: str, shape: Shape, canonical: str) -> None:
+    arrays = {"embedding.word_embeddings.weight": EMBEDDING, name: array(1, *shape)}
     catalog = catalog_of(arrays)
+    assert catalog.problems == ()
     assert set(catalog.tensors) == {"embedding.word_embeddings.weight"}
-    (problem,) = catalog.problems
-    assert "1 tensors of a LoRA adapter" in problem
-    assert "merge" in problem
+    last = list(catalog.adapter)[-1]
+    assert last.startswith(canonical or unwrapped(name))
+    assert catalog.adapter[last].shape == shape[-2:]
+    picked = arrays[name][(-1,) * (len(shape) - 2)]
+    np.testing.assert_array_equal(values(catalog.adapter[last], arrays), picked)
+
+
+@pytest.mark.parametrize("name", ["vision_model.adapter.linear_fc1.weight", "x.adapter.weight"])
+def test_modules_of_other_kinds_by_that_name(name: str) -> None:
+    assert_canonical({name: array(1, 2, 3)}, {name: array(1, 2, 3)})
+
+
+def test_modules_that_peft_wraps_keep_their_names() -> None:
+    layer = "decoder.layers.mlp.linear_fc1."
+    arrays = {
+        f"{layer}base_layer.weight": (fc1 := array(1, LAYERS, 2 * ROWS, COLUMNS)),
+        f"{layer}layer_norm_weight": (norm := array(2, LAYERS, COLUMNS)),
+        "output_layer.original_module.weight": (head := array(3, ROWS, COLUMNS)),
+    }
+    expected = {"output_layer.weight": head}
+    for i in range(LAYERS):
+        expected[f"decoder.layers.{i}.mlp.linear_fc1.weight"] = fc1[i]
+        expected[f"decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight"] = norm[i]
+    assert_canonical(arrays, expected)
 
 
 @pytest.mark.parametrize("name", ["decoder.layers.", "decoder.layers.0.mlp.experts.experts.", ""])

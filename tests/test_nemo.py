@@ -6,6 +6,7 @@ NeMo:nemo/lightning/io/mixin.py io_dump does; the shards are megatron-core's, re
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import yaml
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.files import read_all
 from mcorefs.model import Options, load
 from mcorefs.tree import build
@@ -99,3 +101,27 @@ def test_everything_comes_from_the_context(
     expected = (fixture.hf / "model.safetensors").read_bytes()
     assert read_all(tree.files["model.safetensors"]) == expected
     assert not Path("exploded").exists()
+
+
+ADAPTER, BASE = "bridge-qwen3-pp2-only", "bridge-qwen3-pp2-only-base"
+
+
+def test_an_adapter_names_its_base_model(tmp_path: Path) -> None:
+    """Its modules are those that Megatron-Bridge took over; nothing plain says its alpha."""
+    both = ensure([ADAPTER, BASE])
+    target = "nemo.collections.llm.gpt.model.qwen3.Qwen3Config600M"
+    for name in both:
+        (tmp_path / name).mkdir()
+    base = saved(both[BASE], tmp_path / BASE, target)
+    adapter = saved(both[ADAPTER], tmp_path / ADAPTER, target)
+    metadata = adapter / "weights/adapter_metadata.json"
+    metadata.write_text(json.dumps({"model_ckpt_path": "/nonexistent/qwen3"}))
+    with pytest.raises(CheckpointError, match=r"\(/nonexistent/qwen3, which is not on this mach"):
+        load(adapter, Options())
+    metadata.write_text(json.dumps({"model_ckpt_path": str(base)}))
+    with pytest.raises(MappingError, match="give it with --adapter PATH:SCALE"):
+        load(adapter, Options())
+    model = load(adapter, Options(adapter=adapter, adapter_scale=4.0))
+    tree, _ = build(model, "50GB", 1 << 20)
+    expected = (both[ADAPTER].hf / "model.safetensors").read_bytes()
+    assert read_all(tree.files["model.safetensors"]) == expected

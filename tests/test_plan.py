@@ -394,13 +394,3 @@ def test_all_problems_of_a_checkpoint_come_in_one_error(
         assert any(text in problem for problem in caught.value.problems), text
     assert str(root / "iter_0000100") in str(caught.value)
     assert "Qwen3ForCausalLM" in str(caught.value)
-
-
-def test_an_adapter_alone_is_told_as_such(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
-    root = with_args(fixtures["qwen3"], tmp_path)
-    rename(root / "iter_0000100", lambda fqn: fqn.replace(".weight", ".lora_A.default.weight"))
-    rename(root / "iter_0000100", lambda fqn: fqn.replace("norm_weight", "norm.lora_B.default"))
-    with pytest.raises(MappingError) as caught:
-        load(root, Options())
-    (problem,) = caught.value.problems
-    assert "tensors of a LoRA adapter" in problem

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
-from mcorefs.trainers.base import Companions, Trainer
+from mcorefs.trainers.base import Companions, LoraTraining, Trainer
 from mcorefs.trainers.megatron_bridge import MegatronBridge
 from mcorefs.trainers.megatron_lm import MegatronLM
 from mcorefs.trainers.ms_swift import MsSwift
@@ -21,7 +21,7 @@ TRAINERS: tuple[Trainer, ...] = (
     MegatronLM(),
 )
 
-__all__ = ["TRAINERS", "Companions", "Trainer", "companions"]
+__all__ = ["TRAINERS", "Companions", "LoraTraining", "Trainer", "companions"]
 
 
 def companions(location: Location, checkpoint: Checkpoint) -> Companions:

@@ -18,6 +18,24 @@ from mcorefs.locate import Location
 
 
 @dataclass(frozen=True)
+class LoraTraining:
+    """How a LoRA adapter was trained, as far as its framework says."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    is_rank_stabilised: bool = False
+    """Scaled by alpha / sqrt(rank) (rsLoRA)."""
+    targets: tuple[str, ...] = ()
+    """The modules that were to be adapted, as the user named them."""
+    base: str | None = None
+    """The model it was trained on top of: a directory, or a name on a hub."""
+    base_checkpoint: Path | None = None
+    """The Megatron checkpoint of that model, if it was one; it need not exist here."""
+    merged: Path | None = None
+    """A Hugging Face directory on this machine in which the framework merged the two itself."""
+
+
+@dataclass(frozen=True)
 class Companions:
     """What was found beside one checkpoint."""
 
@@ -37,6 +55,8 @@ class Companions:
     """Places where its tokenizer is, the best first; they need not exist."""
     remarks: tuple[str, ...] = ()
     """What the user should know."""
+    lora: LoraTraining | None = None
+    """Of the adapter that was trained, if it was one."""
 
 
 def is_model_directory(path: Path) -> bool:
@@ -47,6 +67,13 @@ def is_model_directory(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and isinstance(config.get("model_type"), str)
+
+
+def number(value: object) -> float | None:
+    """`value` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < 1e30 else None
 
 
 class Trainer(Protocol):

@@ -12,10 +12,11 @@ training/utils/checkpoint_utils.py get_hf_model_id_from_checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
-from mcorefs.trainers.base import Companions, is_model_directory
+from mcorefs.trainers.base import Companions, LoraTraining, is_model_directory, number
 from mcorefs.trainers.hub import local_copies
 from mcorefs.trainers.plain_yaml import read_yaml
 from mcorefs.trainers.transformer_config import arguments
@@ -56,12 +57,30 @@ class MegatronBridge:
             hf_directories=directories,
             tokenizers=tuple(local_copies(_tokenizers(config))),
             remarks=tuple(remarks),
+            lora=_lora(config),
         )
 
 
 def _section(config: Mapping[str, object], name: str) -> dict[str, object]:
     found = config.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _lora(config: Mapping[str, object]) -> LoraTraining | None:
+    """What was trained, if that was an adapter (peft/lora.py, peft/canonical_lora.py)."""
+    peft = _section(config, "peft")
+    if not peft:
+        return None
+    rank, alpha, targets = (peft.get(name) for name in ("dim", "alpha", "target_modules"))
+    base = _section(config, "checkpoint").get("pretrained_checkpoint")
+    named = base if isinstance(base, str) and base and "\0" not in base else None
+    return LoraTraining(
+        rank=rank if type(rank) is int else None,
+        alpha=number(alpha),
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else (),
+        base=named,
+        base_checkpoint=None if named is None else Path(named),
+    )
 
 
 def _names(config: Mapping[str, object], model: Mapping[str, object]) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
 from mcorefs.steps import read_json
-from mcorefs.trainers.base import Companions, is_model_directory
+from mcorefs.trainers.base import Companions, LoraTraining, is_model_directory, number
 from mcorefs.trainers.hub import local_copies
 
 ARGS = "args.json"
@@ -83,6 +83,7 @@ class MsSwift:
             model_type=_model_type(found),
             hf_directories=directories,
             remarks=remarks,
+            lora=_lora(found, location.root),
         )
 
 
@@ -94,6 +95,32 @@ def _model_type(args: Mapping[str, object]) -> str | None:
     major = version.partition(".")[0] if isinstance(version, str) else ""
     is_old = not major.isdecimal() or int(major) < 4
     return _MODEL_TYPES_3.get(stated, stated) if is_old else _MODEL_TYPES.get(stated, stated)
+
+
+def _lora(args: Mapping[str, object], root: Path) -> LoraTraining | None:
+    """What was trained, if that was a LoRA adapter; `train_type` and `load` are 3.x's names.
+
+    Its base model is a Megatron checkpoint (`mcore_model`) or was loaded from Hugging Face weights.
+    """
+    kind = args.get("tuner_type", args.get("train_type"))
+    if not (isinstance(kind, str) and kind.startswith("lora")):
+        return None
+    rank, alpha, targets = (args.get(n) for n in ("lora_rank", "lora_alpha", "target_modules"))
+    checkpoint = _text(args.get("mcore_model")) or _text(args.get("load"))
+    merged = root.with_name(f"{root.name}-merged")
+    return LoraTraining(
+        rank=rank if type(rank) is int else None,
+        alpha=number(alpha),
+        is_rank_stabilised=args.get("use_rslora") is True,
+        targets=tuple(map(str, targets)) if isinstance(targets, list) else (str(targets or ""),),
+        base=checkpoint or _text(args.get("model")),
+        base_checkpoint=None if checkpoint is None else Path(checkpoint),
+        merged=merged if is_model_directory(merged) else None,
+    )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value and "\0" not in value else None
 
 
 def _args(root: Path) -> dict[str, object] | None:

@@ -1,6 +1,6 @@
 """NeMo 2: `context/` beside `weights/` says how the model was built.
 
-    <name>/weights/                 the shards
+    <name>/weights/                 the shards; adapter_metadata.json if they are only an adapter
     <name>/context/model.yaml       config: {_target_: ...Qwen3Config600M, num_layers: ..., ...}
     <name>/context/nemo_tokenizer/  the tokenizer, as Hugging Face files
 
@@ -15,11 +15,12 @@ from pathlib import Path
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
-from mcorefs.trainers.base import Companions
+from mcorefs.steps import read_json
+from mcorefs.trainers.base import Companions, LoraTraining
 from mcorefs.trainers.plain_yaml import read_yaml
 from mcorefs.trainers.transformer_config import arguments
 
-CONTEXT = "context"
+CONTEXT, ADAPTER = "context", "adapter_metadata.json"
 _CONFIGS = (("Qwen3MoE", "qwen3_moe"), ("Qwen3Config", "qwen3"))
 """Configs of one family each, by how the names of their classes begin."""
 _CONFIG_MOE = ("Qwen3Config30B_A3B", "Qwen3Config235B_A22B")
@@ -43,7 +44,19 @@ class NeMo:
             checkpoint.args_source if checkpoint.args else str(context / "model.yaml"),
             model_type=_model_type(config),
             tokenizers=(context / "nemo_tokenizer", context / "tokenizer", context),
+            lora=_lora(location.path),
         )
+
+
+def _lora(weights: Path) -> LoraTraining | None:
+    """The base model of an adapter; its alpha is only in `io.json`, among the pickled
+    (nemo/lightning/pytorch/callbacks/peft.py WrappedAdapterIO)."""
+    found = read_json(weights / ADAPTER)
+    if found is None:
+        return None
+    base = found.get("model_ckpt_path")
+    named = base if isinstance(base, str) and base and "\0" not in base else None
+    return LoraTraining(base=named, base_checkpoint=None if named is None else Path(named))
 
 
 def _context(weights: Path) -> Path | None:
