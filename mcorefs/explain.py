@@ -49,6 +49,10 @@ def _holds_local(path: Path) -> bool:
     return any(LOCAL.fullmatch(file.name) for place in places for file in place.glob("iter_*.pt"))
 
 
+def _holds_peft(path: Path) -> bool:
+    return any(is_file(path / name) for name in _ADAPTER_FILES)
+
+
 NOTHING = "it holds no checkpoint files"
 
 
@@ -82,6 +86,12 @@ def _why_incomplete(path: Path) -> str:
         return "it has metadata.json but no .metadata: it was not copied or saved completely"
     if any(path.glob("*.distcp")):
         return "it has shard files but no .metadata: the save was interrupted or still goes on"
+    if is_file(path / "common.pt") and _holds_peft(path.parent):
+        merged = path.parent.with_name(f"{path.parent.name}-merged")
+        what = "it holds only common.pt: ms-swift saved the LoRA adapter that it trained"
+        if is_file(merged / "config.json"):
+            return f"{what} beside it, in PEFT's format, and the model merged with it in {merged}"
+        return f"{what} beside it, in PEFT's format; load that with peft on top of its base model"
     if is_file(path / "common.pt"):
         return (
             "it holds only common.pt: ms-swift with save_safetensors and no_save_optim puts the "
@@ -95,7 +105,7 @@ def explain(path: Path, below: list[Path]) -> str:
     if below:
         listed = "\n  ".join(str(place) for place in below)
         return f"{path} holds several checkpoints; pass one of them:\n  {listed}"
-    if any(is_file(path / name) for name in _ADAPTER_FILES):
+    if _holds_peft(path):
         return (
             f"{path} holds a LoRA adapter (PEFT), not a Megatron checkpoint; load it with peft on "
             "top of its base model"

@@ -17,7 +17,7 @@ from mcorefs.files import read_all
 from mcorefs.locate import locate
 from mcorefs.model import Model, Options, load
 from mcorefs.trainers import companions
-from mcorefs.tree import build
+from mcorefs.tree import build, open_tree
 from tests.checkpoints import Fixture, ensure
 
 NAMES = ("qwen3_moe-tp2-pp2-ep2", "qwen3-tied")
@@ -188,3 +188,34 @@ def test_other_files_of_that_name(fixtures: dict[str, Fixture], tmp_path: Path) 
         (checkpoint / "args.json").write_text(damaged, encoding="latin1")
         with pytest.raises(CheckpointError, match=r"args\.json (cannot be read|holds no JSON)"):
             load(checkpoint, Options())
+
+
+@pytest.mark.parametrize("level", ["run", "checkpoint", "iteration"])
+def test_an_adapter_that_was_only_saved_for_peft(
+    fixtures: dict[str, Fixture], tmp_path: Path, level: str
+) -> None:
+    """save_safetensors and no_save_optim, with a LoRA adapter: nothing is in the iteration."""
+    fixture = fixtures["qwen3-tied"]
+    checkpoint = saved(fixture, tmp_path, tuner_type="lora")
+    iteration = checkpoint / fixture.iteration.name
+    for file in iteration.iterdir():
+        if file.name != "common.pt":
+            file.unlink()
+    (checkpoint / "adapter_config.json").write_text("{}")
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    path = {"run": checkpoint.parent, "checkpoint": checkpoint, "iteration": iteration}[level]
+    with pytest.raises(CheckpointError, match="load that with peft on top of its base model"):
+        load(path, Options())
+    merged = checkpoint.with_name("checkpoint-100-merged")
+    shutil.copytree(fixture.hf, merged)
+    (merged / "latest_checkpointed_iteration.txt").write_text("100")
+    (merged / "args.json").write_text(json.dumps(ARGS))
+    wanted = {"run": "holds several checkpoints"}.get(level, f"merged with it in {merged}")
+    with pytest.raises(CheckpointError, match=wanted):
+        load(path, Options())
+    (merged / "latest_checkpointed_iteration.txt").write_text("100")
+    (merged / "args.json").write_text(json.dumps(ARGS))
+    assert (
+        read_all(open_tree(merged, Options()).tree.files["model.safetensors"])
+        == (fixture.hf / "model.safetensors").read_bytes()
+    )
