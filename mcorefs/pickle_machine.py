@@ -381,11 +381,15 @@ def _build(target: object, state: object) -> None:
 
 def _check_key(key: object) -> None:
     """Raise unless hashing and comparing `key` take no time."""
-    if isinstance(key, _IDENTITIES) or type(key) in _SCALARS:
+    if _is_simple(key):
         return
     flat = type(key) is tuple and len(key) <= MAX_KEY
-    if not (flat and all(type(part) in _SCALARS for part in key)):  # type: ignore[attr-defined]
+    if not (flat and all(_is_simple(part) for part in key)):  # type: ignore[attr-defined]
         raise PickleError(f"a {type(key).__name__} of this kind is no key")
+
+
+def _is_simple(key: object) -> bool:
+    return type(key) in _SCALARS or isinstance(key, _IDENTITIES)
 
 
 _IDENTITIES = (Built, Name, DType)

@@ -215,10 +215,14 @@ def _find(module: str, name: str) -> object:
     return _KNOWN.get((module, name)) or _Unknown(f"{module}.{name}")
 
 
-def _storage(pid: object) -> Storage:
+def _storage(pid: object) -> Storage | Inert:
+    """The storage that a persistent id means; inert where its elements (complex, quantised) are of
+    a kind that no weight has."""
     match pid:
         case ("storage", _StorageType(dtype), str(key), _, int(numel)) if numel >= 0:
             return Storage(dtype, key, numel)
+        case ("storage", _Unknown(name), str(), _, int()) if name.endswith("Storage"):
+            return Inert(name, ())
     raise PickleError("a persistent id is not that of a storage")
 
 
@@ -228,13 +232,14 @@ def _no_storage(pid: object) -> Storage:
 
 def _rebuild_tensor(
     storage: object, offset: object, size: object, stride: object, *rest: object
-) -> StoredView:
-    """torch._utils._rebuild_tensor_v2 and _v3 (whose dtype comes as an argument)."""
-    dtype = next((item for item in rest if isinstance(item, DType)), None)
+) -> StoredView | Inert:
+    """torch._utils._rebuild_tensor_v2 and _v3 (whose dtype comes as an argument); inert where its
+    elements are of a kind that no weight has."""
+    dtype = next((item for item in rest if isinstance(item, DType | _Unknown)), None)
     if isinstance(storage, Storage) and dtype is None:
         dtype = storage.dtype
-    if not (isinstance(storage, Storage) and dtype is not None):
-        raise PickleError("a tensor has a storage of unknown type")
+    if not isinstance(storage, Storage) or not isinstance(dtype, DType):
+        return Inert(describe(storage if dtype is None else dtype), ())
     (start,) = _numbers((offset,))
     sizes, strides = _numbers(size), _numbers(stride)
     if len(sizes) != len(strides):

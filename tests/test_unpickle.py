@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import signal
 import subprocess
 import sys
 import types
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from mcorefs.dtypes import BF16, F32
 from mcorefs.errors import CheckpointError
 from mcorefs.records import MetadataIndex, TensorProperties
+from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
     Attributes,
     Inert,
@@ -297,6 +299,33 @@ def test_impossible_tensors_are_refused(body: bytes) -> None:
 def test_persistent_ids_other_than_storages_are_refused(pid: bytes) -> None:
     with pytest.raises(CheckpointError, match="persistent id"):
         loads(proto(pid + b"Q", 2), "test.pkl", storages=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "torch.ComplexFloatStorage"),
+        (torch.zeros(2, dtype=torch.complex32), "torch.complex32"),
+        (torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8), None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_such_as_no_weight_is_are_inert(value: torch.Tensor, kind: str | None) -> None:
+    """A trainer's state may hold some; it must not keep the weights from being read."""
+    file = io.BytesIO()
+    torch.save({"tensor": value, "step": 3}, file)
+    content = file.getvalue()
+    found = load_object(lambda at, count: content[at : at + count], len(content), "file")
+    assert isinstance(found, dict)
+    assert found["step"] == 3
+    assert isinstance(found["tensor"], Inert)
+    assert kind is None or describe(found["tensor"]) == kind
+
+
+def test_keys_of_enums_and_numbers() -> None:
+    found = read(pickle.dumps({(signal.SIGINT, 1): "a", (torch.float32, None): "b"}, 4))
+    assert isinstance(found, dict)
+    assert list(found.values()) == ["a", "b"]
 
 
 def test_a_storage_outside_of_torch_save_is_refused() -> None:
