@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mcorefs import steps
+from mcorefs import lightning, steps
 from mcorefs.errors import CheckpointError
 from mcorefs.formats import matching
+from mcorefs.tracker import TRACKER
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 LOCAL = re.compile(r"iter_[0-9]{7,}_[0-9]+_local(\.dirty)?\.pt")
 """nvidia-resiliency-ext: checkpointing/local/ckpt_managers/local_manager.py."""
@@ -119,9 +119,9 @@ def explain(path: Path, below: list[Path]) -> str:
         return f"{path} {LOCAL_REFUSED}"
     if (path / "model_optim_rng.pt").is_file():
         return f"{path} holds what one rank saved; pass the directory above it, {path.parent}"
-    why = why_incomplete(path)
-    if why != NOTHING:
-        return f"{path} cannot be opened: {why}"
+    for place in (path, path / lightning.WEIGHTS):
+        if (why := why_incomplete(place)) != NOTHING:
+            return f"{place} cannot be opened: {why}"
     if is_file(path / "config.json"):
         return (
             f"{path} holds a config.json but no weights; pass the Megatron checkpoint directory "

@@ -129,11 +129,10 @@ def _index(location: Location, options: Options) -> tuple[Location, Checkpoint]:
 
 
 def _of_checkpoint(found: Inspection, checkpoint: Checkpoint) -> Inspection:
-    sizes = {short: checkpoint.args.get(name) for short, name in PARALLEL.items()}
     return replace(
         found,
         format=checkpoint.format,
-        parallel={short: size for short, size in sizes.items() if isinstance(size, int)},
+        parallel=_parallel(checkpoint.args),
         args_source=checkpoint.args_source,
         shard_files=len(checkpoint.files),
         shard_bytes=sum(identity.size for identity in checkpoint.files.values()),
@@ -166,6 +165,11 @@ def _lora(
     )
 
 
+def _parallel(args: Mapping[str, object]) -> dict[str, int]:
+    sizes = {short: args.get(name) for short, name in PARALLEL.items()}
+    return {short: size for short, size in sizes.items() if isinstance(size, int)}
+
+
 def _of_source(found: Inspection, source: Source) -> Inspection:
     dtypes: dict[str, int] = {}
     for tensor in source.tensors:
@@ -193,4 +197,5 @@ def _of_source(found: Inspection, source: Source) -> Inspection:
         evidence=source.choice.evidence,
         trainer=source.companions.trainer,
         args_source=source.companions.args_source,
+        parallel=_parallel(source.companions.args),
     )

@@ -1,7 +1,7 @@
 """From the path a user gives to one complete iteration: every level people point at is recognised.
 
 Layout facts: Megatron-LM:megatron/training/checkpointing.py get_checkpoint_name, read_metadata;
-what verl puts below an iteration is in `steps`.
+what verl puts below an iteration is in `steps`, how NeMo names its in `lightning`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mcorefs import steps
+from mcorefs import lightning, steps
 from mcorefs.errors import CheckpointError
 from mcorefs.explain import (
     LOCAL,
     LOCAL_REFUSED,
     NOTHING,
-    TRACKER,
     children,
     explain,
     is_file,
@@ -25,6 +24,7 @@ from mcorefs.explain import (
     why_incomplete,
 )
 from mcorefs.formats import HUGGINGFACE, NAMES, Format, detect, matching
+from mcorefs.tracker import TRACKER, is_tracked, latest
 
 __all__ = ["TRACKER", "Location", "is_root", "locate"]
 
@@ -88,6 +88,8 @@ def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
     if _names_iteration(path.name) and _saved_beside(path.parent, [path.name], name):
         return _in_root(path.parent, _number(path.name), name)
     below = _below(path, name)
+    if (chosen := lightning.choose(below, iteration)) is not None:
+        return _of_nemo(path, chosen, below, name)
     if iteration is not None and len(below) > 1:
         holding = [root for root in below if iteration in map(_number, _iterations(root))]
         below = holding if len(holding) == 1 else below
@@ -109,6 +111,21 @@ def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
     found = _open(below[0], iteration, name)
     remark = f"{path} is a run directory; the checkpoint in it is {below[0]}"
     return replace(found, remarks=(remark, *found.remarks))
+
+
+def _of_nemo(path: Path, chosen: Path, below: Sequence[Path], name: str | None) -> Location:
+    """The checkpoint of NeMo's with its weights in `chosen`, of all that lie `below` the path."""
+    found = _open(chosen, None, name)
+    ordered = sorted(below, key=lambda place: (lightning.step(place) or 0, place))
+    finished = [lightning.top(place).name for place in ordered if lightning.is_finished(place)]
+    every = [lightning.top(place).name for place in ordered]
+    remark = f"{lightning.top(chosen).name} is opened, of the {len(below)} in {path}"
+    return replace(
+        found,
+        complete=finished,
+        incomplete=[each for each in every if each not in finished],
+        remarks=(*([remark] if len(below) > 1 else []), *found.remarks),
+    )
 
 
 def _absolute(path: Path) -> Path:
@@ -166,11 +183,18 @@ def _one(path: Path, place: _Place, iteration: int | None) -> Location:
     """The single iteration that `path` is, or is a part of."""
     step = steps.above(path)
     number = _number(path.name if step is None else step.name)
+    if number is None:
+        number = lightning.step(path)
     root = (path if step is None else step).parent
     if iteration not in (None, number):
         raise CheckpointError(
             f"{path} is one iteration already; --iteration {iteration} needs the directory above "
-            f"it, {root}"
+            f"it, {root if root != lightning.top(path) else root.parent}"
+        )
+    if not lightning.is_finished(path):
+        raise CheckpointError(
+            f"{lightning.top(path)} is not finished: as {lightning.marker(path)} says, NeMo was "
+            "still writing or already deleting it. If you know better, remove that file"
         )
     remarks = [] if place.path == path else [f"the weights of {path} are in {place.path}"]
     remarks += _copies(place.huggingface, place)
@@ -201,7 +225,7 @@ def _iterations(root: Path) -> list[str]:
 
 def is_root(path: Path) -> bool:
     """Whether iterations are kept in `path`."""
-    return is_file(path / TRACKER) or bool(_iterations(path))
+    return is_tracked(path) or bool(_iterations(path))
 
 
 def _below(path: Path, name: str | None) -> list[Path]:
@@ -300,9 +324,10 @@ def _why_beside(root: Path, iterations: Sequence[str]) -> str:
 def _newest_published(root: Path) -> int | None:
     """What the tracker file names, where it names a number."""
     try:
-        return _tracked(root / TRACKER) if is_file(root / TRACKER) else None
+        published = latest(root)
     except CheckpointError:
         return None
+    return None if published is None else published.iteration
 
 
 def _wanted(
@@ -317,13 +342,14 @@ def _wanted(
         wanted = _named(iteration, places, incomplete)
         late = wanted in incomplete
         return wanted, [f"{wanted} was not published: {_why_late(root)}"] if late else []
-    if is_file(root / TRACKER):
-        number = _tracked(root / TRACKER)
-        if number is None:
-            return "release", []
-        newer = [name for name in places if (_number(name) or 0) > number]
-        remark = f"{TRACKER} names iteration {number}; not published: {', '.join(newer)}"
-        return _named(number, places, incomplete), [remark] if newer else []
+    if (said := latest(root)) is not None:
+        remarks = [said.remark] if said.remark else []
+        if said.iteration is None:
+            return "release", remarks
+        if newer := [name for name in places if (_number(name) or 0) > said.iteration]:
+            unpublished = f"names iteration {said.iteration}; not published: {', '.join(newer)}"
+            remarks.append(f"{said.file} {unpublished}")
+        return _named(said.iteration, places, incomplete), remarks
     if len(published) == 1:
         only = published[0]
         return only, [f"{root} has no {TRACKER}; {only} is its only complete iteration"]
@@ -339,27 +365,13 @@ def _wanted(
 
 
 def _why_late(root: Path) -> str:
-    newest = _newest_published(root)
-    if newest is None:
-        return f"it holds no {steps.CONTENTS}, which is written last"
-    return f"{TRACKER} names iteration {newest}"
-
-
-def _tracked(tracker: Path) -> int | None:
-    """The iteration that the tracker file names; None for `release`."""
     try:
-        with tracker.open("rb") as file:
-            said = file.read(100).decode(errors="replace").strip()
-    except OSError as problem:
-        raise CheckpointError(f"{tracker} cannot be read: {problem.strerror}") from None
-    if said == "release":
-        return None
-    if not (said.isascii() and said.isdecimal()):
-        raise CheckpointError(
-            f"{tracker} says {said[:40]!r}, expected an iteration number or 'release'; "
-            "pass --iteration N"
-        )
-    return int(said)
+        published = latest(root)
+    except CheckpointError as problem:
+        return str(problem)
+    if published is None or published.iteration is None:
+        return f"it holds no {steps.CONTENTS}, which is written last"
+    return f"{published.file} names iteration {published.iteration}"
 
 
 def _named(iteration: int, places: Iterable[str], incomplete: Sequence[str]) -> str:

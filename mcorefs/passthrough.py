@@ -19,12 +19,13 @@ from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.formats import HUGGINGFACE, Checkpoint
 from mcorefs.formats.base import refusal
 from mcorefs.formats.huggingface import resolved
-from mcorefs.locate import TRACKER, Location, is_root
+from mcorefs.locate import Location, is_root
 from mcorefs.mapping import tokenizer
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.mapping.tokenizer import Tokenizer
 from mcorefs.model import Options
 from mcorefs.storage import FileIdentity, Storage, regular_file
+from mcorefs.tracker import TRACKER, TRAIN_STATE
 from mcorefs.views import Stored
 
 SMALL = 1 << 20
@@ -143,7 +144,7 @@ def _files(directory: Path, problems: list[str]) -> Iterator[tuple[str, tuple[st
     """
     is_run = is_root(directory)
     for name in _names(directory, "", 0 if is_run else _MAX_DEPTH, problems):
-        if is_run and name == TRACKER:
+        if is_run and name in (TRACKER, TRAIN_STATE):
             continue
         try:
             path = str(resolved(directory / name))

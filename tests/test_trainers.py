@@ -21,6 +21,7 @@ from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
 from mcorefs.model import Model, Options, load
 from mcorefs.trainers import Companions
+from mcorefs.trainers.class_names import model_type
 from mcorefs.trainers.transformer_config import arguments
 from mcorefs.tree import build
 from tests.checkpoints import Fixture, ensure
@@ -231,7 +232,35 @@ def test_verl_without_a_bridge(moe: Fixture, tmp_path: Path) -> None:
             {"gated_linear_unit": True, "activation_func": "<function silu at 0x1>"},
             {"swiglu": True},
         ),
-        ({"gated_linear_unit": True, "activation_func": "torch.nn.functional.gelu"}, {}),
+        (
+            {"gated_linear_unit": True, "activation_func": "torch.nn.functional.gelu"},
+            {"swiglu": False},
+        ),
+        ({"gated_linear_unit": True, "activation_func": "quick_gelu"}, {"swiglu": False}),
+        ({"gated_linear_unit": True, "activation_func": {"_target_": "?"}}, {}),
+        ({"rope_scaling": False}, {"use_rope_scaling": False}),
+        (
+            {"rope_scaling": True, "rope_scaling_factor": 32.0},
+            {"use_rope_scaling": True, "rope_scaling_factor": 32.0},
+        ),
+        ({"rope_scaling": {"factor": 2}}, {"rope_scaling": {"factor": 2}}),
+        (
+            {"scale_factor": 32.0, "old_context_len": 4096},  # Llama31ModelProvider, Llama31Config
+            {
+                "use_rope_scaling": True,
+                "rope_scaling_factor": 32.0,
+                "scale_factor": 32.0,
+                "old_context_len": 4096,
+            },
+        ),
+        (
+            {"vocab_size": 300, "should_pad_vocab": False},
+            {"vocab_size": 300, "should_pad_vocab": False, "padded_vocab_size": 300},
+        ),
+        (
+            {"vocab_size": 300, "should_pad_vocab": True},
+            {"vocab_size": 300, "should_pad_vocab": True},
+        ),
         ({"gated_linear_unit": False}, {"swiglu": False}),
         ({"max_position_embeddings": 4096}, {"max_position_embeddings": 4096}),
         (
@@ -266,3 +295,28 @@ def test_slime(moe: Fixture, tmp_path: Path) -> None:
         model = load(root, Options(vocab_size=301))
         assert model.companions.hf_directories == ()
         assert any(f"trained from {elsewhere!r}, which is not on this" in r for r in model.remarks)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("megatron.bridge.models.qwen.qwen_provider.Qwen3ModelProvider600M", "qwen3"),
+        ("megatron.bridge.models.qwen.qwen_provider.Qwen3MoEModelProvider30B_A3B", "qwen3_moe"),
+        ("megatron.bridge.models.qwen.qwen_provider.Qwen25ModelProvider7B", "qwen2"),
+        ("megatron.bridge.models.deepseek.deepseek_provider.DeepSeekV3Provider", "deepseek_v3"),
+        ("nemo.collections.llm.gpt.model.qwen3.Qwen3Config600M", "qwen3"),
+        ("nemo.collections.llm.gpt.model.qwen3.Qwen3Config235B_A22B", "qwen3_moe"),
+        ("nemo.collections.llm.gpt.model.llama.Llama32Config1B", "llama"),
+        ("nemo.collections.llm.gpt.model.llama.CodeLlamaConfig7B", "llama"),
+        ("Qwen3MoEConfig", "qwen3_moe"),
+        ("nemo.collections.llm.gpt.model.llama_embedding.Llama32EmbeddingConfig1B", None),
+        ("megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider", None),
+        ("megatron.bridge.models.gpt_provider.GPTModelProvider", None),
+        ("megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig", None),
+        ("nemo.collections.llm.gpt.model.qwen3.Qwen3Model", None),
+        ({"not": "a name"}, None),
+        (None, None),
+    ],
+)
+def test_classes_of_one_family(target: object, kind: str | None) -> None:
+    assert model_type(target) == kind

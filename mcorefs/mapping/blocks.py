@@ -179,15 +179,15 @@ def _rope_scaling(facts: Facts) -> object:
     Megatron-LM:megatron/core/models/common/embeddings/rotary_pos_embedding.py.
 
     The factor 8.0 is among the args even when scaling is off; low, high and the original length
-    are constants there.
+    are constants there, and arguments only in NeMo and early Megatron-Bridge.
     """
     if facts.arg("use_rope_scaling"):
         return {
             "rope_type": "llama3",
             "factor": facts.arg("rope_scaling_factor") or 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+            "low_freq_factor": facts.arg("low_freq_factor") or 1.0,
+            "high_freq_factor": facts.arg("high_freq_factor") or 4.0,
+            "original_max_position_embeddings": facts.arg("old_context_len") or 8192,
         }
     factor = facts.arg("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
     if isinstance(factor, int | float) and factor != 1:
@@ -252,6 +252,10 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "softmax_scale": (),
+    "use_mup": (False,),
     "moe_mlp_glu_interleave_size": (),
     "window_size": (),
     "no_rope_freq": (),

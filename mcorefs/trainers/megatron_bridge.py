@@ -1,8 +1,11 @@
 """Megatron-Bridge: `run_config.yaml` in each iteration says how the model was built.
 
-    iter_0000100/run_config.yaml    model: {_target_: ...Provider, num_layers: ..., ...}
+    latest_train_state.pt           which iteration is the latest (`train_state`)
+    iter_0000100/run_config.yaml    model: {_target_: ...Provider, num_layers: ..., ...}, or
+                                    model: {transformer: {num_layers: ..., ...}, ...}
+    iter_0000100/train_state.pt     written just before it
     iter_0000100/tokenizer/         the tokenizer, if it was saved
-    iter_0000100/hf/                the model in Hugging Face's format, if that was saved
+    iter_0000100/hf/                the model (or an adapter) for Hugging Face, if that was saved
 
 Its common.pt records no arguments. Layout facts:
 Megatron-Bridge:src/megatron/bridge/training/checkpointing.py save_checkpoint and
@@ -11,54 +14,61 @@ training/utils/checkpoint_utils.py get_hf_model_id_from_checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
 from mcorefs.trainers.base import Companions, LoraTraining, is_model_directory, number
+from mcorefs.trainers.class_names import model_type
 from mcorefs.trainers.hub import local_copies
 from mcorefs.trainers.plain_yaml import read_yaml
 from mcorefs.trainers.transformer_config import arguments
 
-RUN_CONFIG = "run_config.yaml"
-_PROVIDERS = (("Qwen3MoE", "qwen3_moe"), ("Qwen3Model", "qwen3"))
-"""Providers of one family each, by how the names of their classes begin; GPTModelProvider, which
-most families share today, says nothing."""
+RUN_CONFIG, TRAIN_STATE, EXPORTED = "run_config.yaml", "train_state.pt", "hf"
+_TOKENIZER_ARGUMENTS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 
 
 class MegatronBridge:
-    """Known by its `run_config.yaml`."""
+    """Known by its `run_config.yaml`, or by the `train_state.pt` that it writes before it."""
 
     name = "Megatron-Bridge"
 
     def read(self, location: Location, checkpoint: Checkpoint) -> Companions | None:
         path = location.path / RUN_CONFIG
         if not path.is_file():
-            return None
+            return self._without_config(location, checkpoint)
         config = read_yaml(path)
-        model = _section(config, "model")
+        model, tokenizer = _section(config, "model"), _section(config, "tokenizer")
+        args = {name: tokenizer[name] for name in _TOKENIZER_ARGUMENTS if tokenizer.get(name)}
+        args |= arguments({**_section(model, "transformer"), **model})
         named = _names(config, model)
-        directories = tuple(place for place in local_copies(named) if is_model_directory(place))
+        directories = tuple(_directories(location.path, named))
         remarks = []
         if named and not directories:
             remarks.append(
                 f"Megatron-Bridge made it from {named[0]!r}, which is not on this machine; where "
                 "config or tokenizer are wanting, give that model with --hf-config DIR"
             )
-        if is_model_directory(location.path / "hf"):
-            remarks.append(f"{location.path / 'hf'} holds what Megatron-Bridge itself exported")
-        args = arguments({**_section(model, "transformer"), **model})
+        if (location.path / EXPORTED).is_dir() and location.huggingface is None:
+            remarks.append(f"{location.path / EXPORTED} holds what Megatron-Bridge itself exported")
         return Companions(
             self.name,
             {**args, **checkpoint.args},
             checkpoint.args_source if checkpoint.args else str(path),
-            model_type=_model_type(model),
+            model_type=model_type(model.get("_target_")),
             hf_directories=directories,
-            tokenizers=tuple(local_copies(_tokenizers(config))),
+            tokenizers=tuple(local_copies(_strings(args.get("tokenizer_model")))),
             remarks=tuple(remarks),
             lora=_lora(config),
         )
+
+    def _without_config(self, location: Location, checkpoint: Checkpoint) -> Companions | None:
+        if checkpoint.args or not (location.path / TRAIN_STATE).is_file():
+            return None
+        why = f"there is no {location.path / RUN_CONFIG}"
+        remark = f"{why}: the save was interrupted, or not everything was copied"
+        return Companions(self.name, {}, why, remarks=(remark,))
 
 
 def _section(config: Mapping[str, object], name: str) -> dict[str, object]:
@@ -83,21 +93,22 @@ def _lora(config: Mapping[str, object]) -> LoraTraining | None:
     )
 
 
+def _strings(*values: object) -> list[str]:
+    return [value for value in values if isinstance(value, str) and value]
+
+
 def _names(config: Mapping[str, object], model: Mapping[str, object]) -> list[str]:
     """What the model it was made from is called, the surest first."""
-    stated = (
+    return _strings(
         _section(model, "extra_checkpoint_metadata").get("hf_model_id"),
         model.get("hf_model_id"),
         _section(config, "checkpoint").get("hf_source_path"),
     )
-    return [name for name in stated if isinstance(name, str) and name]
 
 
-def _tokenizers(config: Mapping[str, object]) -> list[str]:
-    named = _section(config, "tokenizer").get("tokenizer_model")
-    return [named] if isinstance(named, str) else []
-
-
-def _model_type(model: Mapping[str, object]) -> str | None:
-    target = str(model.get("_target_", "")).rpartition(".")[2]
-    return next((kind for begin, kind in _PROVIDERS if target.startswith(begin)), None)
+def _directories(iteration: Path, named: list[str]) -> Iterator[Path]:
+    """Those with the config.json of this model, or of the one it was made from."""
+    exported = iteration / EXPORTED
+    if not (exported / "adapter_config.json").is_file() and is_model_directory(exported):
+        yield exported
+    yield from (place for place in local_copies(named) if is_model_directory(place))

@@ -1,9 +1,10 @@
 """megatron-core's TransformerConfig, saved as plain values, in Megatron-LM's names of arguments.
 
-Most names are the same; this is the difference. Providers of Megatron-Bridge extend the class, and
-add what else the model was built from (rotary_base, vocab_size, ...). Names:
+Most names are the same; this is the difference. Providers of Megatron-Bridge and configs of NeMo
+extend the class, and add what else the model was built from (rotary_base, vocab_size, ...). Names:
 Megatron-LM:megatron/core/transformer/transformer_config.py, megatron/training/arguments.py
-core_transformer_config_from_args.
+core_transformer_config_from_args; Megatron-Bridge:src/megatron/bridge/models/gpt_provider.py;
+Llama31ModelProvider of Megatron-Bridge up to 0.2, and NeMo's Llama31Config.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 _SILU = ("silu", "swish")
+_OTHERS = ("gelu", "relu", "sigmoid", "tanh")
 
 
 def arguments(config: Mapping[str, object]) -> dict[str, object]:
@@ -26,10 +28,17 @@ def arguments(config: Mapping[str, object]) -> dict[str, object]:
     if isinstance(shared, bool):
         args["untie_embeddings_and_output_weights"] = not shared
     gated, activation = args.pop("gated_linear_unit", None), args.pop("activation_func", None)
-    if gated is False:
+    name = activation if isinstance(activation, str) else ""
+    if gated is False or any(other in name for other in _OTHERS):
         args["swiglu"] = False
-    elif gated and isinstance(activation, str) and any(name in activation for name in _SILU):
+    elif gated and any(silu in name for silu in _SILU):
         args["swiglu"] = True  # functions are not always saved: then it is left to the rest
+    if isinstance(args.get("rope_scaling"), bool):
+        args["use_rope_scaling"] = args.pop("rope_scaling")
+    if "scale_factor" in args and "old_context_len" in args:
+        args["use_rope_scaling"], args["rope_scaling_factor"] = True, args["scale_factor"]
+    if args.get("should_pad_vocab") is False and isinstance(args.get("vocab_size"), int):
+        args["padded_vocab_size"] = args["vocab_size"]
     if args.get("multi_latent_attention") and "original_max_position_embeddings" not in args:
         # YaRN's: the length before it was extended.
         original = args.pop("max_position_embeddings", None)
