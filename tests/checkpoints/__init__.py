@@ -10,7 +10,8 @@
 transformers and megatron-core are only imported by the writer process (`launcher`).
 """
 
+from .families import SPECS
 from .pool import Fixture, ensure, write
-from .spec import ADAPTED, PADDING_VALUE, SPECS, Spec
+from .spec import ADAPTED, PADDING_VALUE, Spec
 
 __all__ = ["ADAPTED", "PADDING_VALUE", "SPECS", "Fixture", "Spec", "ensure", "write"]

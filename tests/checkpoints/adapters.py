@@ -23,9 +23,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from .families.base import Qkv
 from .lora import HF_NAMES
 from .spec import Spec
-from .weights import HFTensors, Rank, qkv, rank_of_this_process
+from .weights import HFTensors, Rank, rank_of_this_process, rank_value
 
 PACKAGES = Path(sys.prefix) / "trainers"
 """Where scripts/setup puts them, so that nothing else takes notice of them."""
@@ -264,7 +265,7 @@ def _value(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor | None:
     if row_parallel or match["module"] == "router":
         return _share(spec, hf.whole(matrices[0]), tp, size)
     if len(matrices) == 3:
-        return qkv(spec, rank, hf, f"{at}self_attn.", "lora_B.weight")
+        return rank_value(spec, rank, hf, Qkv(f"{at}self_attn.{{}}_proj.lora_B.weight"))
     return torch.cat([hf.part(matrix, 0, tp, size) for matrix in matrices])
 
 

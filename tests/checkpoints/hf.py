@@ -12,9 +12,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
 )
 
+from .families import FAMILIES
 from .spec import Spec
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,54 +49,22 @@ def build_model(spec: Spec) -> PreTrainedModel:
         if spec.fp32_router and name.endswith(".mlp.gate.weight"):
             parameter.data = parameter.data.float()
         with torch.no_grad():
-            if "norm" in name:
+            if parameter.dim() == 1 and name.endswith(".weight"):  # of a norm
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.05, generator=generator)
     return model
 
 
-def _rope(spec: Spec) -> dict[str, object]:
-    theta = float(spec.rope_theta)
-    if spec.llama3_rope_factor is None:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": spec.llama3_rope_factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
 def _config(spec: Spec) -> PreTrainedConfig:
-    common = {
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden,
-        "intermediate_size": spec.ffn,
-        "num_hidden_layers": spec.layers,
-        "num_attention_heads": spec.heads,
-        "num_key_value_heads": spec.kv_heads,
-        "head_dim": spec.head_dim,
-        "max_position_embeddings": spec.max_positions,
-        "rms_norm_eps": spec.norm_eps,
-        "rope_parameters": _rope(spec),
-        "tie_word_embeddings": spec.tied,
-        "dtype": TORCH_DTYPES[spec.oracle_dtype],
-        "bos_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
-        "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
-    }
-    if not spec.is_moe:
-        return AutoConfig.for_model(spec.family, **common)
-    return Qwen3MoeConfig(
-        **common,
-        num_experts=spec.experts,
-        num_experts_per_tok=spec.topk,
-        moe_intermediate_size=spec.moe_ffn,
-        norm_topk_prob=spec.norm_topk_prob,
-        decoder_sparse_step=1,
-        mlp_only_layers=[i for i in range(spec.layers) if not spec.has_experts(i)],
+    return AutoConfig.for_model(
+        spec.family,
+        vocab_size=spec.vocab_size,
+        tie_word_embeddings=spec.tied,
+        dtype=TORCH_DTYPES[spec.oracle_dtype],
+        bos_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
+        eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
+        **FAMILIES[spec.family].config(spec),
     )
 
 

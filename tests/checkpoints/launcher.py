@@ -23,7 +23,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from . import hf, lora, megatron_writer, stand_ins
+from . import forward, hf, lora, megatron_writer, stand_ins
 from .spec import Spec
 
 PR_SET_PDEATHSIG = 1
@@ -56,6 +56,7 @@ def write_fixture(spec: Spec, final: Path, timeout_s: float) -> None:
 
         run_all([rank(number) for number in range(spec.world)], deadline)
         rendezvous.unlink(missing_ok=True)
+        (work / "logits.pt").unlink(missing_ok=True)
         work.chmod(0o755)
         work.rename(final)
     finally:
@@ -63,11 +64,12 @@ def write_fixture(spec: Spec, final: Path, timeout_s: float) -> None:
 
 
 def _write_oracle(spec: Spec, directory: Path) -> None:
-    if spec.adapter is None:
-        hf.save_model(spec, directory / "hf")
-    else:
-        hf.save_model(spec, directory / "base")
-        lora.save_adapter(spec, directory / "base", directory / "adapter", directory / "hf")
+    base = directory / ("hf" if spec.adapter is None else "base")
+    hf.save_model(spec, base)
+    if forward.is_checkable(spec):
+        forward.save_expected(spec, base, directory / "logits.pt")
+    if spec.adapter is not None:
+        lora.save_adapter(spec, base, directory / "adapter", directory / "hf")
     hf.save_tokenizer(spec, directory / "tokenizer")
 
 

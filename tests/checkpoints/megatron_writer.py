@@ -19,13 +19,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch.nn.functional import silu
 
-from . import adapters, fsdp_writer, torch_writer
-from .hf import TORCH_DTYPES
+from . import adapters, forward, fsdp_writer, torch_writer
+from .megatron_model import build_models
 from .optimizers import make_optimizer
 from .saved_again import save_again
 from .saved_args import saved_args
@@ -52,6 +48,8 @@ def write_rank(
     models = build_models(spec)
     hf = oracle / ("hf" if spec.adapter is None else "base")
     load(spec, models, hf)
+    if forward.is_checkable(spec):
+        forward.check(spec, models[0], oracle / "logits.pt")
     if spec.adapter is not None:
         adapters.add_adapters(spec, models, oracle / "adapter")
     if spec.flat_buffers:
@@ -101,93 +99,6 @@ def init_parallel(spec: Spec, rank: int, rendezvous: Path, timeout_s: float) -> 
 def destroy_parallel() -> None:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-def _config(spec: Spec) -> TransformerConfig:
-    moe: dict[str, Any] = {}
-    if spec.is_moe:
-        moe = {
-            "num_moe_experts": spec.experts,
-            "moe_router_topk": spec.topk,
-            "moe_ffn_hidden_size": spec.moe_ffn,
-            "moe_router_pre_softmax": not spec.norm_topk_prob,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_layer_freq": 1 if spec.moe_layer_freq is None else list(spec.moe_layer_freq),
-        }
-    dtype = TORCH_DTYPES[spec.dtype]
-    return TransformerConfig(
-        num_layers=spec.layers,
-        hidden_size=spec.hidden,
-        ffn_hidden_size=spec.ffn,
-        num_attention_heads=spec.heads,
-        num_query_groups=spec.kv_heads,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_eps,
-        qk_layernorm=spec.has_qk_norm,
-        add_qkv_bias=spec.has_qkv_bias,
-        gated_linear_unit=True,
-        activation_func=silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        tensor_model_parallel_size=spec.tp,
-        pipeline_model_parallel_size=spec.pp,
-        virtual_pipeline_model_parallel_size=spec.vpp,
-        # context_parallel_size stays 1: the local attention refuses more, and no weight depends
-        # on it. The process groups do know of it, which is what the save looks at.
-        expert_model_parallel_size=spec.ep,
-        expert_tensor_parallel_size=spec.expert_tp,
-        num_layers_in_first_pipeline_stage=spec.first_stage_layers,
-        num_layers_in_last_pipeline_stage=spec.last_stage_layers,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=spec.dtype == "bf16",
-        fp16=spec.dtype == "fp16",
-        use_cpu_initialization=True,
-        perform_initialization=spec.format == "fsdp_dtensor",  # it notes how parameters are cut
-        **moe,
-    )
-
-
-def build_models(spec: Spec) -> list[GPTModel]:
-    """This rank's model, or one per virtual pipeline stage."""
-    config = _config(spec)
-    stages = [None] if spec.vpp is None else list(range(spec.vpp))
-    return [_build_stage(spec, config, stage) for stage in stages]
-
-
-def _build_stage(spec: Spec, config: TransformerConfig, stage: int | None) -> GPTModel:
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage
-    )
-    if spec.is_moe and not spec.local_norm_keys:
-        first = get_transformer_layer_offset(config, vp_stage=stage)
-        for layer_number, layer in enumerate(block.layer_specs, first):
-            if spec.has_experts(layer_number):
-                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=spec.padded_vocab_size,
-        max_sequence_length=spec.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
-        vp_stage=stage,
-    )
-    model.to(TORCH_DTYPES[spec.dtype])
-    if spec.fp32_router:
-        for name, parameter in model.named_parameters():
-            if name.endswith("mlp.router.weight"):
-                parameter.data = parameter.data.float()
-    return model
 
 
 @torch.no_grad()

@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from .spec import ADAPTED, SPECS, Spec
+from .families import SPECS
+from .spec import ADAPTED, Spec
 
 GENERATOR_FILES = (
     "adapters.py",
+    "families/base.py",
+    "forward.py",
     "fsdp_writer.py",
     "hf.py",
     "lora.py",
+    "megatron_model.py",
     "megatron_writer.py",
     "optimizers.py",
     "saved_again.py",
@@ -101,7 +105,12 @@ def write(fixtures: Mapping[str, Fixture]) -> None:
     ]
     if not jobs:
         return
-    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **os.environ}
+    environment = {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # nothing here runs long enough to compile it
+        **os.environ,
+    }
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.launcher"],
         input=json.dumps(jobs),
@@ -126,7 +135,8 @@ def _missing(fixtures: Mapping[str, Fixture]) -> dict[str, Fixture]:
 
 
 def _digest(spec: Spec) -> str:
-    sources = [(Path(__file__).parent / name).read_text() for name in GENERATOR_FILES]
+    files = (*GENERATOR_FILES, f"families/{spec.family}.py")
+    sources = [(Path(__file__).parent / name).read_text() for name in files]
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
     if spec.adapter is not None:
         versions.append((REPOSITORY / "scripts/trainers.txt").read_text())

@@ -10,18 +10,20 @@ from typing import Any
 from megatron.core.enums import ModelType
 from megatron.core.transformer.enums import AttnBackend
 
+from .families import FAMILIES
 from .hf import TORCH_DTYPES
 from .spec import Spec
 
 
 def saved_args(spec: Spec, tokenizer: str, root: PurePath, rank: int) -> Namespace:
     """`root`: where the run believes it saves. `rank` differs between ranks, as it really does."""
-    return Namespace(
-        **_architecture(spec),
-        **_experts(spec),
-        **_parallel(spec),
-        **_run(spec, tokenizer, root, rank),
-    )
+    return Namespace(**{**model_args(spec), **_run(spec, tokenizer, root, rank)})
+
+
+def model_args(spec: Spec) -> dict[str, Any]:
+    """Those that say which model it is and how it is cut."""
+    family = FAMILIES[spec.family].arguments(spec)
+    return {**_architecture(spec), **_experts(spec), **_parallel(spec), **family}
 
 
 def _architecture(spec: Spec) -> dict[str, Any]:
@@ -46,12 +48,16 @@ def _architecture(spec: Spec) -> dict[str, Any]:
         "rope_scaling_factor": spec.llama3_rope_factor or 8.0,
         "normalization": "RMSNorm",
         "apply_layernorm_1p": False,
-        "qk_layernorm": spec.has_qk_norm,
+        "qk_layernorm": False,
         **dict.fromkeys(spec.epsilon_names, spec.norm_eps),
         "swiglu": True,
+        "bias_swiglu_fusion": True,
         "squared_relu": False,
+        "quick_geglu": False,
+        "openai_gelu": False,
+        "bias_gelu_fusion": False,
         "add_bias_linear": False,
-        "add_qkv_bias": spec.has_qkv_bias,
+        "add_qkv_bias": False,
         "untie_embeddings_and_output_weights": not spec.tied,
         "multi_latent_attention": False,
         "attention_dropout": 0.0,
@@ -60,6 +66,7 @@ def _architecture(spec: Spec) -> dict[str, Any]:
         "apply_query_key_layer_scaling": False,
         "init_method_std": 0.02,
         "window_size": None,
+        "window_attn_skip_freq": None,
         "mtp_num_layers": None,
         "spec": None,
         "hybrid_override_pattern": None,

@@ -11,7 +11,6 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe"]
 DTypeName = Literal["bf16", "fp16", "fp32"]
 Common = Literal["common.pt", "common_state", "no_args"]
 """Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
@@ -36,7 +35,8 @@ PADDING_VALUE = 777.0
 
 @dataclass(frozen=True)
 class Spec:
-    family: Family = "qwen3"
+    family: str = "qwen3"
+    """One of `families.FAMILIES`, named as transformers' model_type."""
 
     # The run: world size is tp * pp * cp * dp; experts ride on the same ranks as ep * etp * pp.
     tp: int = 1
@@ -66,7 +66,7 @@ class Spec:
     norm_eps: float = 1e-6
     llama3_rope_factor: float | None = None
     """Llama 3.1's scaling of rotary embeddings, if any."""
-    experts: int = 8
+    experts: int = 0
     topk: int = 2
     moe_ffn: int = 48
     moe_layer_freq: tuple[int, ...] | None = None
@@ -140,15 +140,7 @@ class Spec:
 
     @property
     def is_moe(self) -> bool:
-        return self.family == "qwen3_moe"
-
-    @property
-    def has_qk_norm(self) -> bool:
-        return self.family in ("qwen3", "qwen3_moe")
-
-    @property
-    def has_qkv_bias(self) -> bool:
-        return self.family == "qwen2"
+        return self.experts > 0
 
     @property
     def is_whole(self) -> bool:
@@ -208,9 +200,7 @@ class Spec:
 
 
 _DENSE = Spec()
-_MOE = Spec(family="qwen3_moe", vocab_size=301)
-_LLAMA = Spec(family="llama", norm_eps=1e-5, rope_theta=500_000)
-_QWEN2 = Spec(family="qwen2", head_dim=8)
+_MOE = Spec(family="qwen3_moe", experts=8, vocab_size=301)
 _TORCH = _DENSE.but(format="torch")
 _TORCH_MOE = _MOE.but(format="torch")
 _FSDP = _DENSE.but(format="fsdp_dtensor", main_weights=True)
@@ -264,11 +254,6 @@ SPECS: dict[str, Spec] = {
     "qwen3-dp3-saved-again": _DENSE.but(
         dp=3, saved_again=True, main_weights=True, optimizer_entries=True, seed=36
     ),
-    "llama-tp2": _LLAMA.but(tp=2, llama3_rope_factor=8.0, hf_max_shard_size="50KB", seed=34),
-    "llama-pp2-tied": _LLAMA.but(pp=2, tied=True, llama3_rope_factor=32.0, seed=35),
-    "llama-mha-per-layer": _LLAMA.but(kv_heads=8, head_dim=8, per_layer_keys=True, seed=36),
-    "qwen2-tp2-pp2": _QWEN2.but(tp=2, pp=2, seed=37),
-    "qwen2-tp4-gqa2-tied": _QWEN2.but(tp=4, kv_heads=2, tied=True, vocab_divisible_by=32, seed=38),
     # Mixtures of experts.
     "qwen3_moe": _MOE.but(norm_topk_prob=False, seed=40),
     "qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, local_norm_keys=True, seed=41),
@@ -332,8 +317,6 @@ SPECS: dict[str, Spec] = {
         names="te",
         seed=63,
     ),
-    "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
-    "torch-qwen2-tp2-tied": _QWEN2.but(format="torch", tp=2, tied=True, seed=71),
     "torch-qwen3-tp4-gqa2": _TORCH.but(
         tp=4, kv_heads=2, dtype="fp16", vocab_divisible_by=32, iteration="release", seed=64
     ),
@@ -369,10 +352,11 @@ SPECS: dict[str, Spec] = {
     "dcp-qwen3_moe-dp2": _DCP_MOE.but(dp=2, fp32_router=False, seed=93),
     "dcp-qwen3_moe-dp3": _DCP_MOE.but(dp=3, experts=4, names="te", common="no_args", seed=94),
 }
+"""Of every format and layout. What is a family's own is in `families`."""
 
 _PEFT = _DENSE.but(adapter="ms-swift", lora_alpha=32)
 _BRIDGE = _DENSE.but(adapter="megatron-bridge", common="no_args")
-_EXPERTS = {"family": "qwen3_moe", "vocab_size": 301}
+_EXPERTS = {"family": "qwen3_moe", "experts": 8, "vocab_size": 301}
 
 ADAPTED: dict[str, Spec] = {
     "swift-qwen3": _PEFT.but(seed=120),

@@ -1,7 +1,7 @@
 """Fill one rank's Megatron parameters from a Hugging Face save, by Megatron's own semantics.
 
-This is written from how megatron-core *uses* its parameters, independently of mcorefs, so that the
-two can be compared:
+Which tensor a parameter comes from says its family (`families`). How a rank has it is written from
+how megatron-core *uses* its parameters, independently of mcorefs, so that the two can be compared:
 
 - column parallel: rank t of tp owns rows t*n/tp .. (t+1)*n/tp; row parallel: the same on columns;
 - `linear_qkv` rows are query groups; a group is its query heads, then its key, then its value head;
@@ -27,6 +27,8 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import safe_open
 from torch import Tensor
 
+from .families import FAMILIES
+from .families.base import Columns, Gated, HeadNorm, Norm, Qkv, Rows, Value, Vocabulary, Whole
 from .spec import PADDING_VALUE, Spec
 
 
@@ -106,63 +108,84 @@ class HFTensors:
 
 def local_tensor(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     """The value of Megatron parameter `name`, whose layer number is global, expert number local."""
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        head = name == "output_layer.weight" and not spec.tied
-        return _vocabulary(
-            spec, rank, hf, "lm_head.weight" if head else "model.embed_tokens.weight"
+    if name == "output_layer.weight" and spec.tied:
+        name = "embedding.word_embeddings.weight"
+    layer, expert, size = "", "", (rank.tp, spec.tp)
+    if match := re.match(r"decoder\.layers\.(\d+)\.", name):
+        layer = match[1]
+        name = "decoder.layers.{layer}." + name[match.end() :]
+    if match := re.search(r"\.local_experts\.(\d+)\.", name):
+        expert = str(rank.ep * (spec.experts // spec.ep) + int(match[1]))
+        name = f"{name[: match.start()]}.local_experts.{{expert}}.{name[match.end() :]}"
+        size = (rank.etp, spec.expert_tp)
+    reader = _Reader(spec, hf, layer, expert, *size)
+    return reader.read(FAMILIES[spec.family].parameters[name])
+
+
+def rank_value(spec: Spec, rank: Rank, hf: HFTensors, value: Value) -> Tensor:
+    """What this rank has of `value`, whose names hold no {layer} or {expert}."""
+    return _Reader(spec, hf, "", "", rank.tp, spec.tp).read(value)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Values as one rank has them, of one layer and expert."""
+
+    spec: Spec
+    hf: HFTensors
+    layer: str
+    expert: str
+    rank: int
+    size: int
+
+    def read(self, value: Value) -> Tensor:
+        match value:
+            case Whole(hf):
+                return self._whole(hf)
+            case Norm(hf) | HeadNorm(hf):
+                return self._whole(hf)
+            case Rows(hf, transposed):
+                return self._part(hf, 0, transposed)
+            case Columns(hf, transposed):
+                return self._part(hf, 1, transposed)
+            case Gated(gate, up):
+                return torch.cat([self._part(gate, 0), self._part(up, 0)])
+            case Qkv(hf, transposed):
+                return self._groups(hf, transposed).chunk(self.size)[self.rank]
+            case Vocabulary(hf):
+                return self._padded(hf)
+
+    def _name(self, hf: str) -> str:
+        return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
+
+    def _whole(self, hf: str) -> Tensor:
+        return self.hf.whole(self._name(hf))
+
+    def _part(self, hf: str, axis: int, transposed: bool = False) -> Tensor:
+        if not transposed:
+            return self.hf.part(self._name(hf), axis, self.rank, self.size)
+        return self.hf.part(self._name(hf), 1 - axis, self.rank, self.size).T.contiguous()
+
+    def _groups(self, hf: str, transposed: bool) -> Tensor:
+        """All query groups."""
+        spec = self.spec
+        if "{}" in hf:
+            q, k, v = (self._whole(hf.replace("{}", x)) for x in "qkv")
+        else:
+            rows = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
+            fused = self._whole(hf)
+            q, k, v = torch.split(fused.T if transposed else fused, rows)
+        queries = spec.heads // spec.kv_heads * spec.head_dim
+        groups: list[Tensor] = []
+        for group in range(spec.kv_heads):
+            key = slice(group * spec.head_dim, (group + 1) * spec.head_dim)
+            groups += [q[group * queries : (group + 1) * queries], k[key], v[key]]
+        return torch.cat(groups)
+
+    def _padded(self, hf: str) -> Tensor:
+        rows = self.spec.padded_vocab_size // self.size
+        real = self.hf.rows(hf, self.rank * rows, (self.rank + 1) * rows)
+        padding = torch.full(
+            (rows - real.shape[0], self.spec.hidden), PADDING_VALUE, dtype=real.dtype
         )
-    if name == "decoder.final_layernorm.weight":
-        return hf.whole("model.norm.weight")
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-    if match is None:
-        raise KeyError(name)
-    return _layer(spec, rank, hf, f"model.layers.{match[1]}.", match[2])
-
-
-def _layer(spec: Spec, rank: Rank, hf: HFTensors, layer: str, name: str) -> Tensor:
-    whole = {
-        "input_layernorm.weight": "input_layernorm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-        "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
-        "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
-        "mlp.router.weight": "mlp.gate.weight",
-    }
-    if name in whole:
-        return hf.whole(layer + whole[name])
-    if name.startswith("self_attention.linear_qkv."):
-        return qkv(spec, rank, hf, f"{layer}self_attn.", name.rpartition(".")[2])
-    if name == "self_attention.linear_proj.weight":
-        return hf.part(f"{layer}self_attn.o_proj.weight", 1, rank.tp, spec.tp)
-    if name.startswith("mlp.linear_"):
-        return _mlp(hf, f"{layer}mlp.", name.removeprefix("mlp."), rank.tp, spec.tp)
-    match = re.fullmatch(r"mlp\.experts\.local_experts\.(\d+)\.(.+)", name)
-    if match is None:
-        raise KeyError(name)
-    expert = rank.ep * (spec.experts // spec.ep) + int(match[1])
-    return _mlp(hf, f"{layer}mlp.experts.{expert}.", match[2], rank.etp, spec.expert_tp)
-
-
-def _vocabulary(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
-    rows = spec.padded_vocab_size // spec.tp
-    real = hf.rows(name, rank.tp * rows, (rank.tp + 1) * rows)
-    padding = torch.full((rows - real.shape[0], spec.hidden), PADDING_VALUE, dtype=real.dtype)
-    return torch.cat([real, padding])
-
-
-def qkv(spec: Spec, rank: Rank, hf: HFTensors, prefix: str, parameter: str) -> Tensor:
-    queries = spec.heads // spec.kv_heads * spec.head_dim
-    q, k, v = (hf.whole(f"{prefix}{x}_proj.{parameter}") for x in "qkv")
-    groups: list[Tensor] = []
-    for group in range(spec.kv_heads):
-        key = slice(group * spec.head_dim, (group + 1) * spec.head_dim)
-        groups += [q[group * queries : (group + 1) * queries], k[key], v[key]]
-    return torch.cat(groups).chunk(spec.tp)[rank.tp]
-
-
-def _mlp(hf: HFTensors, prefix: str, name: str, rank: int, size: int) -> Tensor:
-    if name == "linear_fc1.weight":
-        gate = hf.part(f"{prefix}gate_proj.weight", 0, rank, size)
-        return torch.cat([gate, hf.part(f"{prefix}up_proj.weight", 0, rank, size)])
-    if name == "linear_fc2.weight":
-        return hf.part(f"{prefix}down_proj.weight", 1, rank, size)
-    raise KeyError(prefix + name)
+        return torch.cat([real, padding])

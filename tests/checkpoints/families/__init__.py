@@ -1,0 +1,25 @@
+"""The families that there are fixtures of: one file each, one line each below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .. import spec
+from ..spec import Spec
+from .base import Family
+from .llama import LLAMA
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .qwen3_moe import QWEN3_MOE
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+}
+
+SPECS: Mapping[str, Spec] = {
+    **spec.SPECS,
+    **{name: one for family in FAMILIES.values() for name, one in family.specs.items()},
+}

@@ -1,0 +1,170 @@
+"""What a family of fixtures is: a transformers config, Megatron-LM's arguments for the same model,
+and where the value of each Megatron parameter lies in the Hugging Face save.
+
+All of it is data, so that a further family is a few lines; `hf`, `saved_args`, `megatron_writer`
+and `weights` read it. Written from how megatron-core uses its parameters and, where it has a
+bridge for the family, from NVIDIA-NeMo/Megatron-Bridge:src/megatron/bridge/models/: never from
+mcorefs, with which it is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from ..spec import Spec
+
+Values = Mapping[str, object]
+
+# -- where a parameter's value is -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The Hugging Face tensor, on every rank."""
+
+    hf: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The weight of a norm, on every rank."""
+
+    hf: str
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """The weight of a norm of each query or key head."""
+
+    hf: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Column parallel: each tensor-parallel rank has its share of the rows."""
+
+    hf: str
+    transposed: bool = False
+    """The Hugging Face tensor is [in, out], as transformers' Conv1D has it."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Row parallel: each tensor-parallel rank has its share of the columns."""
+
+    hf: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Gated:
+    """Each tensor-parallel rank's gate rows, followed by its up rows."""
+
+    gate: str
+    up: str
+
+
+@dataclass(frozen=True)
+class Qkv:
+    """Query groups; a group is its query heads, then its key head, then its value head. Each
+    tensor-parallel rank has its share of the groups' rows."""
+
+    hf: str
+    """Name of one tensor that holds q, k and v one above the other; or, with {}, of three."""
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows as in Rows, padded to a multiple of vocab_divisible_by * tp."""
+
+    hf: str
+
+
+Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | Qkv | Vocabulary
+
+LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
+EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
+
+
+def gated_mlp(at: str, hf: str, names: tuple[str, str, str]) -> dict[str, Value]:
+    """A gated MLP at Megatron's `at`, whose gate, up and down projections are `names` in `hf`."""
+    gate, up, down = names
+    found: dict[str, Value] = {at + "linear_fc2.bias": Whole(f"{hf}{down}.bias")}
+    found[at + "linear_fc2.weight"] = Columns(f"{hf}{down}.weight")
+    for parameter in ("weight", "bias"):
+        found[f"{at}linear_fc1.{parameter}"] = Gated(
+            f"{hf}{gate}.{parameter}", f"{hf}{up}.{parameter}"
+        )
+    return found
+
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+DECODER: Mapping[str, Value] = {
+    "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
+    "output_layer.weight": Vocabulary("lm_head.weight"),
+    "decoder.final_layernorm.weight": Norm("model.norm.weight"),
+    LAYER + "input_layernorm.weight": Norm(HF_LAYER + "input_layernorm.weight"),
+    LAYER + "pre_mlp_layernorm.weight": Norm(HF_LAYER + "post_attention_layernorm.weight"),
+    LAYER + "self_attention.linear_qkv.weight": Qkv(HF_LAYER + "self_attn.{}_proj.weight"),
+    LAYER + "self_attention.linear_qkv.bias": Qkv(HF_LAYER + "self_attn.{}_proj.bias"),
+    LAYER + "self_attention.linear_proj.weight": Columns(HF_LAYER + "self_attn.o_proj.weight"),
+    LAYER + "self_attention.linear_proj.bias": Whole(HF_LAYER + "self_attn.o_proj.bias"),
+    LAYER + "self_attention.q_layernorm.weight": HeadNorm(HF_LAYER + "self_attn.q_norm.weight"),
+    LAYER + "self_attention.k_layernorm.weight": HeadNorm(HF_LAYER + "self_attn.k_norm.weight"),
+    LAYER + "mlp.router.weight": Whole(HF_LAYER + "mlp.gate.weight"),
+    **gated_mlp(LAYER + "mlp.", HF_LAYER + "mlp.", PROJECTIONS),
+    **gated_mlp(EXPERT, HF_LAYER + "mlp.experts.{expert}.", PROJECTIONS),
+}
+"""What most decoders call their tensors; a model may have only some of them."""
+
+# -- the transformers config ----------------------------------------------------------------------
+
+
+def rope(spec: Spec) -> Values:
+    theta = float(spec.rope_theta)
+    if spec.llama3_rope_factor is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": spec.llama3_rope_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+def decoder_config(spec: Spec) -> Values:
+    """What the config classes of most decoders call the same."""
+    return {
+        "hidden_size": spec.hidden,
+        "intermediate_size": spec.ffn,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "head_dim": spec.head_dim,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_parameters": rope(spec),
+    }
+
+
+# -- the family -----------------------------------------------------------------------------------
+
+
+def no_arguments(spec: Spec) -> Values:
+    return {}
+
+
+@dataclass(frozen=True)
+class Family:
+    specs: Mapping[str, Spec]
+    config: Callable[[Spec], Values] = decoder_config
+    """What transformers' config class is called with, beside the vocabulary and token ids."""
+    arguments: Callable[[Spec], Values] = no_arguments
+    """Megatron-LM's arguments for the model, where they differ from `saved_args`; the model that
+    is saved is built from them too."""
+    parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
+    """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers."""

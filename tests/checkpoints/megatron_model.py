@@ -1,0 +1,97 @@
+"""The real megatron-core model of a fixture, from the arguments that its checkpoint will hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch.nn.functional import silu
+
+from .hf import TORCH_DTYPES
+from .saved_args import model_args
+from .spec import Spec
+
+
+def build_models(spec: Spec) -> list[GPTModel]:
+    """This rank's model, or one per virtual pipeline stage."""
+    args = model_args(spec)
+    config = _config(spec, args)
+    stages = [None] if spec.vpp is None else list(range(spec.vpp))
+    return [_build_stage(spec, args, config, stage) for stage in stages]
+
+
+def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
+    """As `core_transformer_config_from_args` of Megatron-LM's training/arguments.py, but for what
+    needs a GPU."""
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    named = {name: value for name, value in args.items() if name in known}
+    dtype = TORCH_DTYPES[spec.dtype]
+    named |= {
+        "num_moe_experts": args["num_experts"],
+        "num_query_groups": args["num_query_groups"] if args["group_query_attention"] else None,
+        "num_layers_in_first_pipeline_stage": args["decoder_first_pipeline_num_layers"],
+        "num_layers_in_last_pipeline_stage": args["decoder_last_pipeline_num_layers"],
+        "layernorm_epsilon": spec.norm_eps,  # by any of its names
+        "bias_activation_fusion": args["bias_gelu_fusion"],
+        "bf16": spec.dtype == "bf16",
+        "fp16": spec.dtype == "fp16",
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+    }
+    if args["swiglu"]:
+        named |= {"activation_func": silu, "gated_linear_unit": True}
+        named["bias_activation_fusion"] = args["bias_swiglu_fusion"]
+    without_gpu = {
+        # The local attention refuses more, and no weight depends on it. The process groups do know
+        # of it, which is what the save looks at.
+        "context_parallel_size": 1,
+        "sequence_parallel": False,
+        "moe_grouped_gemm": False,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": True,
+        "perform_initialization": spec.format == "fsdp_dtensor",  # it notes how parameters are cut
+    }
+    return TransformerConfig(**{**named, **without_gpu})
+
+
+def _build_stage(
+    spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
+) -> GPTModel:
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=stage
+    )
+    if spec.is_moe and not spec.local_norm_keys:
+        first = get_transformer_layer_offset(config, vp_stage=stage)
+        for layer_number, layer in enumerate(block.layer_specs, first):
+            if spec.has_experts(layer_number):
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=spec.padded_vocab_size,
+        max_sequence_length=spec.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type=args["position_embedding_type"],
+        rotary_base=args["rotary_base"],
+        rotary_percent=args["rotary_percent"],
+        rope_scaling=args["use_rope_scaling"],
+        rope_scaling_factor=args["rope_scaling_factor"],
+        vp_stage=stage,
+    )
+    model.to(TORCH_DTYPES[spec.dtype])
+    if spec.fp32_router:
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.router.weight"):
+                parameter.data = parameter.data.float()
+    return model
