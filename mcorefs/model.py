@@ -108,8 +108,8 @@ def load_at(location: Location, options: Options) -> Model:
         raise MappingError(refused, canonical.problems)
     adapter = adapters.sort_out(canonical.adapter, canonical.tensors)
     trained: dict[str, View] = {**canonical.tensors, **adapter.whole}
-    choice = choose(trained, options.family, reference, beside.model_type)
     facts, said, problems = gather(trained, beside.args, reference, options.vocab_size)
+    choice = choose(trained, facts, options.family, reference, beside.model_type)
     remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
     trained_in = facts.args.get("params_dtype")
     if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:

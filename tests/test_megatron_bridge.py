@@ -21,7 +21,7 @@ from tests.edited import copy
 from tests.recordings import RECORDED, assert_same_bytes, differences, recorded
 
 DENSE, LLAMA, MOE = "qwen3-tied", "llama-tp2", "qwen3_moe-tp2-pp2-ep2"
-SAID_BY_TENSORS, SAID_BY_CLASS = "has decoder.layers", "the trainer names model_type"
+SAID_BY_TENSORS, SAID_BY_CLASS = "no decoder.layers", "the trainer names model_type"
 DENSE_CONFIG = f"megatron_bridge/0.3.1/{DENSE}.yaml"
 
 

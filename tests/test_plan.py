@@ -16,7 +16,7 @@ from mcorefs.dtypes import BF16, BY_NAME, F32
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.index import Chunk, Span, stored_tensor
-from mcorefs.mapping.choose import choose
+from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.families import FAMILIES
 from mcorefs.mapping.families.qwen3 import QWEN3
@@ -26,6 +26,7 @@ from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
 from mcorefs.views import Stored, View
 from tests.checkpoints import Fixture, ensure
+from tests.checkpoints.families import FAMILIES as FIXTURES
 from tests.edited import rename, with_args
 
 Tensors = dict[str, View]
@@ -60,6 +61,18 @@ def unread(shape: Shape, dtype: str = "BF16") -> View:
 
 
 LAYER = "decoder.layers.2."
+
+
+def chosen(
+    tensors: Tensors,
+    named: str | None = None,
+    reference: Reference = NO_REFERENCE,
+    hint: str | None = None,
+    **args: object,
+) -> Choice:
+    """The family of `tensors` trained with `args`."""
+    facts, _, _ = gather(tensors, args, reference, 307)
+    return choose(tensors, facts, named, reference, hint)
 
 
 def problems_of(tensors: Tensors, **args: object) -> list[str]:
@@ -288,11 +301,10 @@ def test_the_family_is_seen_with_its_evidence(
 ) -> None:
     mixed = canonical(fixtures["qwen3_moe-mixed-pp2"])
     for tensors, family in ((dense, QWEN3), (moe, QWEN3_MOE), (mixed, QWEN3_MOE)):
-        found = choose(tensors, None, NO_REFERENCE)
+        found = chosen(tensors)
         assert found.family is family
         assert "has decoder.layers.*.self_attention.q_layernorm.weight" in found.evidence
     assert "has decoder.layers.*.mlp.router.weight" in found.evidence
-    assert "no mtp" in found.evidence
 
 
 @pytest.mark.parametrize(
@@ -306,7 +318,7 @@ def test_the_family_is_seen_with_its_evidence(
 def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, family: str) -> None:
     tensors = {**canonical(fixtures[family]), extra: unread((8,))}
     with pytest.raises(MappingError) as caught:
-        choose(tensors, None, NO_REFERENCE)
+        chosen(tensors)
     assert "no supported model family fits" in str(caught.value)
     assert "--family NAME or --hf-config DIR" in str(caught.value)
     assert len(caught.value.problems) == len(FAMILIES)
@@ -314,37 +326,52 @@ def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, famil
     assert extra.replace(".0.", ".*.") in caught.value.problems[0]
 
 
+@pytest.mark.parametrize("name", [name for family in FIXTURES.values() for name in family.specs])
+def test_each_family_is_seen_by_itself(name: str) -> None:
+    fixture = ensure([name])[name]
+    assert load(fixture.root, Options()).choice.family.name == fixture.spec.family
+
+
+def test_what_still_speaks_against_the_nearest_is_for_planning_to_tell(dense: Tensors) -> None:
+    """No family takes these arguments: the one they contradict least is chosen, and refuses."""
+    plain = {
+        name: view
+        for name, view in dense.items()
+        if "q_layernorm" not in name and "k_layernorm" not in name
+    }
+    found = chosen(plain, normalization="LayerNorm", num_attention_heads=8)
+    assert found.family.name == "llama"
+
+
 def test_several_that_fit_are_told(dense: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = replace(QWEN3, name="qwen3_twin")
     monkeypatch.setattr("mcorefs.mapping.choose.FAMILIES", (QWEN3, twin))
     with pytest.raises(MappingError, match="several model families fit") as caught:
-        choose(dense, None, NO_REFERENCE)
+        chosen(dense)
     assert caught.value.problems == ("qwen3: fits", "qwen3_twin: fits")
-    assert choose(dense, "qwen3_twin", NO_REFERENCE).family is twin
+    assert chosen(dense, "qwen3_twin").family is twin
 
 
 def test_the_user_and_the_reference_name_the_family(dense: Tensors) -> None:
-    assert choose(dense, "qwen3_moe", NO_REFERENCE).family is QWEN3_MOE
-    assert choose(dense, "Qwen3MoeForCausalLM", NO_REFERENCE).evidence == (
-        "--family Qwen3MoeForCausalLM",
-    )
-    found = choose(dense, None, Reference({"model_type": "qwen3_moe"}, "--hf-config"))
+    assert chosen(dense, "qwen3_moe").family is QWEN3_MOE
+    assert chosen(dense, "Qwen3MoeForCausalLM").evidence == ("--family Qwen3MoeForCausalLM",)
+    found = chosen(dense, None, Reference({"model_type": "qwen3_moe"}, "--hf-config"))
     assert found.evidence == ("model_type qwen3_moe in --hf-config",)
-    assert choose(dense, "qwen3", Reference({"model_type": "qwen3"}, "--hf-config")).family is QWEN3
+    assert chosen(dense, "qwen3", Reference({"model_type": "qwen3"}, "--hf-config")).family is QWEN3
     with pytest.raises(MappingError, match="--family is 'bloom', which is not supported yet"):
-        choose(dense, "bloom", NO_REFERENCE)
+        chosen(dense, "bloom")
     with pytest.raises(
         MappingError, match="--family is qwen3 but model_type in --hf-config is qwen3_"
     ):
-        choose(dense, "qwen3", Reference({"model_type": "qwen3_moe"}, "--hf-config"))
+        chosen(dense, "qwen3", Reference({"model_type": "qwen3_moe"}, "--hf-config"))
 
 
 def test_a_trainer_hints_at_the_family(dense: Tensors) -> None:
-    found = choose(dense, None, NO_REFERENCE, "qwen3_moe")
+    found = chosen(dense, hint="qwen3_moe")
     assert found.family is QWEN3_MOE
     assert found.evidence == ("the trainer names model_type qwen3_moe",)
-    assert choose(dense, None, NO_REFERENCE, "a type of its own").family is QWEN3
-    assert choose(dense, "qwen3", NO_REFERENCE, "qwen3_moe").family is QWEN3
+    assert chosen(dense, hint="a type of its own").family is QWEN3
+    assert chosen(dense, "qwen3", hint="qwen3_moe").family is QWEN3
 
 
 def test_a_wrong_family_cannot_pass(fixtures: Mapping[str, Fixture]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mcorefs.errors import MappingError
 from mcorefs.mapping.families import FAMILIES
-from mcorefs.mapping.family import Family
-from mcorefs.mapping.plan import evidence
+from mcorefs.mapping.family import Facts, Family
+from mcorefs.mapping.plan import against, doubts
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
@@ -23,12 +23,13 @@ class Choice:
 
 def choose(
     tensors: Mapping[str, View],
+    facts: Facts,
     named: str | None,
     reference: Reference,
     hint: str | None = None,
 ) -> Choice:
     """The family that the user names, that a reference config names, that the trainer's `hint`
-    (a model_type) names if it is one of ours, or that the tensors show.
+    (a model_type) names if it is one of ours, or that tensors and arguments show.
 
     Raises MappingError, with the evidence and the near misses, where none or several fit.
     """
@@ -47,18 +48,47 @@ def choose(
         return Choice(family, (f"model_type {model_type} in {reference.where}",))
     if (hinted := next((family for family in FAMILIES if family.name == hint), None)) is not None:
         return Choice(hinted, (f"the trainer names model_type {hint}",))
-    weighed = [(family, *evidence(family, tensors)) for family in FAMILIES]
-    fitting = [(family, reasons) for family, reasons, against in weighed if not against]
-    if len(fitting) == 1:
-        family, reasons = fitting[0]
-        return Choice(family, tuple(reasons))
-    nearest = sorted(weighed, key=lambda item: len(item[2]))[:5]
-    problems = [f"{family.name}: {'; '.join(against) or 'fits'}" for family, _, against in nearest]
-    which = "several model families fit" if fitting else "no supported model family fits"
-    raise MappingError(
+    return _shown(tensors, facts)
+
+
+def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
+    """The family that has a use for each kind of tensor there is; of several, the one against which
+    the fewest shapes and arguments speak. What else speaks against it is for planning to report."""
+    weighed = {family.name: against(family, facts) for family in FAMILIES}
+    fitting = [family for family in FAMILIES if not weighed[family.name]]
+    if not fitting:
+        raise _undecided("no supported model family fits", weighed)
+    doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
+    fitting.sort(key=lambda family: len(doubted[family.name]))
+    best, *others = fitting
+    if others and len(doubted[others[0].name]) == len(doubted[best.name]):
+        raise _undecided("several model families fit", doubted)
+    return Choice(
+        best,
+        (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
+    )
+
+
+def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """What rules the other families out, each where it does not go without saying: the tensors
+    that some have no place for, and those that the nearest lack."""
+    reasons = [reason for against in weighed.values() for reason in against]
+    yield from dict.fromkeys(reason for reason in reasons if reason.startswith("has "))
+    least = min((len(against) for against in weighed.values() if against), default=0)
+    nearest = [
+        reason for against in weighed.values() if len(against) == least for reason in against
+    ]
+    for reason in dict.fromkeys(nearest):
+        if reason.startswith("lacks "):
+            yield reason.replace("lacks", "no", 1)
+
+
+def _undecided(which: str, weighed: Mapping[str, Sequence[str]]) -> MappingError:
+    nearest = sorted(weighed, key=lambda name: len(weighed[name]))[:5]
+    return MappingError(
         f"{which} the tensors of this checkpoint. If you know which it is, pass --family NAME or "
         "--hf-config DIR (the model it was trained from). Nearest, with what speaks against each:",
-        problems,
+        [f"{name}: {'; '.join(weighed[name]) or 'fits'}" for name in nearest],
     )
 
 

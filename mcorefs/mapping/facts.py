@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mcorefs.mapping.family import Facts
+from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
@@ -56,9 +56,9 @@ def gather(
             f"{EMBEDDING} is missing or is no matrix: this is not a whole language model"
         )
     _attention(dims, first, args, reference, problems)
-    for name, source in (("ffn", "mlp.linear_fc1"), ("moe_ffn", "mlp.experts.0.linear_fc1")):
-        if (fc1 := first.get(f"{source}.weight")) is not None and fc1.shape:
-            dims[name] = fc1.shape[0] // 2
+    for name, mlp in (("ffn", "mlp"), ("moe_ffn", "mlp.experts.0")):
+        if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
+            dims[name] = fc2.shape[1]
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]
     _check_claims(dims, args, problems)
@@ -76,7 +76,8 @@ def gather(
             "the training arguments say that the output layer shares the embedding, but the "
             f"checkpoint stores {HEAD}: it is served as it is, and tie_word_embeddings is false"
         )
-    return Facts(dims, args, moe_layers, tied, dtype), remarks, problems
+    kinds = frozenset(map(kind, tensors))
+    return Facts(dims, args, moe_layers, tied, dtype, kinds), remarks, problems
 
 
 def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:

@@ -1,17 +1,26 @@
 """What a model family is: a value, written as one short file in `families/`.
 
 A family says which Hugging Face tensor comes from which canonical Megatron tensor (`rules`), how
-config.json follows from the checkpoint (`config`), which training arguments it cannot express
-(`requires`), and what gives it away (`has`, `lacks`).
+config.json follows from the checkpoint (`config`), and which training arguments it cannot express
+(`requires`). That is also what gives it away: a checkpoint may be of a family if its rules find all
+they need and use all there is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mcorefs.views import View
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def kind(name: str) -> str:
+    """`name` with * for the numbers of layers and experts."""
+    return _NUMBER.sub("*", name)
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,23 @@ class Facts:
     """The checkpoint stores no output layer."""
     dtype: str
     """torch name of the dtype of the stored embedding."""
+    kinds: frozenset[str]
+    """The `kind` of every canonical tensor."""
+
+    @property
+    def dense_layers(self) -> list[int]:
+        return [layer for layer in range(self.dims["layers"]) if layer not in self.moe_layers]
 
     def arg(self, *names: str) -> object | None:
         """The first of `names` that is set: argument names drift between Megatron versions."""
         return next((self.args[name] for name in names if name in self.args), None)
 
 
-Block = Callable[[View, Mapping[str, int]], View]
-"""Hugging Face tensor from one canonical tensor and the dims. Raises ValueError if it cannot."""
+Block = Callable[[View, Facts], View]
+"""Hugging Face tensor from one canonical tensor and the facts. Raises ValueError if it cannot."""
 
 
-def whole(view: View, dims: Mapping[str, int]) -> View:
+def whole(view: View, facts: Facts) -> View:
     """The tensor as it is."""
     return view
 
@@ -56,12 +71,16 @@ class Rule:
     """Expected shape, in names of `Facts.dims`."""
     block: Block = whole
     layers: Literal["all", "dense", "moe"] = "all"
-    optional: bool = False
-    """The tensor exists only where its source does."""
+    when: str = ""
+    """The tensors exist only in models that hold canonical tensors of this kind (* for numbers)."""
     keeps_dtype: bool = False
     """--dtype leaves it as stored: its precision decides routing."""
     sorts_as: str = ""
     """Name to sort by where transformers writes it as part of a fused parameter."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True)
@@ -103,12 +122,11 @@ class Family:
     architecture: str
     rules: tuple[Rule, ...]
     config: Mapping[str, Key]
-    has: tuple[str, ...]
-    """Canonical names (with * for numbers) that every model of the family holds."""
-    lacks: tuple[str, ...] = ()
-    """Canonical name prefixes that none of them holds."""
     requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Arguments that must be absent or one of these values, else the weights mean another model."""
+    given: tuple[str, ...] = ()
+    """Arguments that must be set for the family to be chosen by itself: what tells it from another
+    with the same tensors."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
-from mcorefs.mapping.family import Facts, Family, Rule
+from mcorefs.mapping.family import Facts, Family, Rule, kind
 from mcorefs.views import View, to
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +53,7 @@ def plan(
         for layer, expert in _places(rule, facts):
             source = _source(rule, layer, expert, tensors)
             if source is None:
-                if not rule.optional:
-                    problems.missing(rule, layer, expert)
+                problems.missing(rule, layer, expert)
                 continue
             used.add(source)
             name = _fill(rule.hf, layer, expert)
@@ -72,6 +69,8 @@ def plan(
 
 def _places(rule: Rule, facts: Facts) -> Iterator[tuple[int, int]]:
     """(layer, expert) for each tensor of the rule; 0 stands where there is no placeholder."""
+    if rule.when and rule.when not in facts.kinds:
+        return iter(())
     layers: Iterable[int] = (0,)
     if "{layer}" in rule.hf:
         layers = (
@@ -84,8 +83,7 @@ def _places(rule: Rule, facts: Facts) -> Iterator[tuple[int, int]]:
 
 
 def _source(rule: Rule, layer: int, expert: int, tensors: Mapping[str, View]) -> str | None:
-    sources = (rule.source,) if isinstance(rule.source, str) else rule.source
-    for pattern in sources:
+    for pattern in rule.sources:
         if (name := _fill(pattern, layer, expert)) in tensors:
             return name
     return None
@@ -99,7 +97,7 @@ def _apply(
     rule: Rule, name: str, source: View, facts: Facts, dtype: DType | None, problems: _Problems
 ) -> View | None:
     try:
-        view = rule.block(source, facts.dims)
+        view = rule.block(source, facts)
         expected = tuple(facts.dims[dim] for dim in rule.shape)
         if dtype is not None and not rule.keeps_dtype:
             view = to(view, dtype)
@@ -149,8 +147,7 @@ class _Problems:
         self._by_rule.setdefault(kind, []).append(text)
 
     def missing(self, rule: Rule, layer: int, expert: int) -> None:
-        sources = (rule.source,) if isinstance(rule.source, str) else rule.source
-        wanted = " or ".join(_fill(source, layer, expert) for source in sources)
+        wanted = " or ".join(_fill(source, layer, expert) for source in rule.sources)
         self.add(
             f"missing {rule.source}",
             f"{_fill(rule.hf, layer, expert)} needs {wanted}, which the checkpoint does not hold",
@@ -159,7 +156,7 @@ class _Problems:
     def unused(self, names: Iterable[str]) -> None:
         for name in sorted(names, key=natural_key):
             self.add(
-                f"unused {_NUMBER.sub('*', name)}",
+                f"unused {kind(name)}",
                 f"the checkpoint holds {name}, which this family has no place for",
             )
 
@@ -173,22 +170,39 @@ def _unexpressed(family: Family, facts: Facts) -> Iterator[str]:
     for name, allowed in family.requires.items():
         value = facts.arg(name)
         if value is not None and value not in allowed:
-            wanted = " or ".join(map(repr, allowed)) or "not set"
+            wanted = " or ".join(map(repr, allowed)) or "none"
             yield (
                 f"the model was trained with {name}={value!r}, which {family.architecture} cannot "
                 f"express (it needs {wanted}): its output would differ"
             )
 
 
-def evidence(family: Family, tensors: Mapping[str, View]) -> tuple[list[str], list[str]]:
-    """(what speaks for the family, what speaks against it) among the names of `tensors`."""
-    kinds = {_NUMBER.sub("*", name) for name in tensors}
-    speaks_for = [f"has {name}" for name in family.has if name in kinds]
-    against = [f"lacks {name}" for name in family.has if name not in kinds]
-    for prefix in family.lacks:
-        held = next((kind for kind in sorted(kinds) if kind.startswith(prefix)), None)
-        if held:
-            against.append(f"has {held}")
-        else:
-            speaks_for.append(f"no {prefix.rstrip('.')}")
-    return speaks_for, against
+def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[str]:
+    """What speaks against `family`, whose rules have a use for each kind of tensor there is:
+    arguments, and shapes (of the first tensor of each rule)."""
+    problems = _Problems()
+    for rule in family.rules:
+        for layer, expert in itertools.islice(_places(rule, facts), 1):
+            if (source := _source(rule, layer, expert, tensors)) is not None:
+                name = _fill(rule.hf, layer, expert)
+                _apply(rule, name, tensors[source], facts, None, problems)
+    unset = (f"{name} is not set" for name in family.given if facts.arg(name) is None)
+    return [*unset, *_unexpressed(family, facts), *problems]
+
+
+def against(family: Family, facts: Facts) -> list[str]:
+    """Which kinds of tensors `family` lacks, and which it has no place for."""
+    used: set[str] = set()
+    reasons: list[str] = []
+    for rule in family.rules:
+        if rule.when and rule.when not in facts.kinds:
+            continue
+        sources = {
+            source.replace("{layer}", "*").replace("{expert}", "*") for source in rule.sources
+        }
+        used |= sources
+        is_needed = rule.layers != "dense" or facts.dense_layers
+        if is_needed and not sources & facts.kinds:
+            reasons.append(f"lacks {' or '.join(sorted(sources))}")
+    reasons += [f"has {name}" for name in sorted(facts.kinds - used)]
+    return list(dict.fromkeys(reasons))

@@ -1,39 +1,33 @@
-"""Llama 2 and 3: what a decoder of RMSNorm, SwiGLU and RoPE is without anything special."""
+"""Llama 2 and 3: what a decoder of RMSNorm, SwiGLU and RoPE is without anything special; with
+biases in all of its linear layers (--add-bias-linear), or in none."""
 
 from __future__ import annotations
 
 from mcorefs.mapping.blocks import (
     BASE_KEYS,
-    DECODER_REQUIRES,
     EMBED,
-    GATED_MLP,
-    GQA,
+    GATED_MLP_ALL_OR_NO_BIAS,
+    GQA_ALL_OR_NO_BIAS,
     GQA_KEYS,
     HEAD,
     LAYER_NORMS,
+    MLP_BIAS,
     NORM,
-    constant,
+    QKV_BIAS,
+    decoder_requires,
+    holds,
 )
 from mcorefs.mapping.family import Family
 
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    rules=(EMBED, *GQA, *GATED_MLP, *LAYER_NORMS, NORM, HEAD),
-    config={**BASE_KEYS, **GQA_KEYS, "mlp_bias": constant(False)},
-    has=(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
-        "decoder.layers.*.mlp.linear_fc1.weight",
-    ),
-    lacks=(
-        "decoder.layers.*.mlp.router.",
-        "decoder.layers.*.mlp.linear_fc1.bias",
-        "decoder.layers.*.self_attention.linear_qkv.bias",
-        "decoder.layers.*.self_attention.q_layernorm.",
-        "decoder.layers.*.post_self_attn_layernorm.",
-        "decoder.layers.*.post_mlp_layernorm.",
-        "embedding.position_embeddings.",
-        "mtp.",
-    ),
-    requires=DECODER_REQUIRES,
+    rules=(EMBED, *GQA_ALL_OR_NO_BIAS, *GATED_MLP_ALL_OR_NO_BIAS, *LAYER_NORMS, NORM, HEAD),
+    config={
+        **BASE_KEYS,
+        **GQA_KEYS,
+        "attention_bias": holds(QKV_BIAS),
+        "mlp_bias": holds(MLP_BIAS),
+    },
+    requires=decoder_requires("add_bias_linear", "add_qkv_bias"),
 )

@@ -14,6 +14,8 @@ from mcorefs.mapping.blocks import (
     LAYER_NORMS,
     NORM,
     QK_NORM,
+    QKV_BIAS,
+    holds,
 )
 from mcorefs.mapping.family import Family
 
@@ -21,18 +23,6 @@ QWEN3 = Family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     rules=(EMBED, *GQA, *QK_NORM, *GATED_MLP, *LAYER_NORMS, NORM, HEAD),
-    config={**BASE_KEYS, **GQA_KEYS, **FULL_ATTENTION_KEYS},
-    has=(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
-        "decoder.layers.*.self_attention.q_layernorm.weight",
-        "decoder.layers.*.mlp.linear_fc1.weight",
-    ),
-    lacks=(
-        "decoder.layers.*.mlp.router.",
-        "decoder.layers.*.self_attention.linear_qkv.bias",
-        "decoder.layers.*.post_self_attn_layernorm.",
-        "decoder.layers.*.post_mlp_layernorm.",
-        "mtp.",
-    ),
+    config={**BASE_KEYS, **GQA_KEYS, **FULL_ATTENTION_KEYS, "attention_bias": holds(QKV_BIAS)},
     requires=DECODER_REQUIRES,
 )

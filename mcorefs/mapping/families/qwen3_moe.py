@@ -14,18 +14,16 @@ from mcorefs.mapping.blocks import (
     LAYER_NORMS,
     NORM,
     QK_NORM,
+    QKV_BIAS,
     arg,
     constant,
     dim,
     gated_experts,
+    holds,
     router,
     soft_arg,
 )
 from mcorefs.mapping.family import Facts, Family, Key
-
-
-def _dense_layers(facts: Facts) -> list[int]:
-    return [layer for layer in range(facts.dims["layers"]) if layer not in facts.moe_layers]
 
 
 def _normalised(facts: Facts) -> bool | None:
@@ -52,26 +50,16 @@ QWEN3_MOE = Family(
         **BASE_KEYS,
         **GQA_KEYS,
         **FULL_ATTENTION_KEYS,
+        "attention_bias": holds(QKV_BIAS),
         "num_experts": dim("experts", "num_local_experts"),  # as transformers 5 saves it
         "num_experts_per_tok": arg("moe_router_topk"),
         "moe_intermediate_size": dim("moe_ffn"),
         "norm_topk_prob": Key(_normalised, True),
         "decoder_sparse_step": Key(lambda facts: 1),
-        "mlp_only_layers": Key(_dense_layers),
+        "mlp_only_layers": Key(lambda facts: facts.dense_layers),
         "router_aux_loss_coef": soft_arg("moe_aux_loss_coeff", default=0.001),
         "output_router_logits": constant(False),
     },
-    has=(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
-        "decoder.layers.*.self_attention.q_layernorm.weight",
-        "decoder.layers.*.mlp.router.weight",
-    ),
-    lacks=(
-        "decoder.layers.*.mlp.router.expert_bias",
-        "decoder.layers.*.mlp.shared_experts.",
-        "decoder.layers.*.self_attention.linear_qkv.bias",
-        "mtp.",
-    ),
     requires={
         **DECODER_REQUIRES,
         "moe_router_score_function": ("softmax",),

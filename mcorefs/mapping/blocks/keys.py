@@ -1,0 +1,148 @@
+"""config.json, and the arguments that a decoder takes for granted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mcorefs.mapping.family import Facts, Key, Proven, Soft
+
+
+def dim(name: str, *aliases: str) -> Key:
+    """A size that tensor shapes prove."""
+    return Key(lambda facts: facts.dims.get(name), aliases=aliases)
+
+
+def arg(*names: str) -> Key:
+    """A training argument that decides what the model computes: a reference must agree."""
+    return Key(lambda facts: facts.arg(*names))
+
+
+def holds(kind: str) -> Key:
+    """Whether the model has canonical tensors of that kind (* for numbers)."""
+    return Key(lambda facts: kind in facts.kinds)
+
+
+def soft_arg(*names: str, default: object) -> Key:
+    """A training argument that describes the run, not the model: a reference overrules it."""
+
+    def value(facts: Facts) -> Soft | None:
+        found = facts.arg(*names)
+        return None if found is None else Soft(found)
+
+    return Key(value, default)
+
+
+def constant(value: object) -> Key:
+    """A value that is the same for every Megatron model of the family."""
+    return Key(lambda facts: Soft(value))
+
+
+def _rope_scaling(facts: Facts) -> object:
+    """None in effect where the arguments say so: a reference may still extend the context.
+
+    Megatron-LM:megatron/core/models/common/embeddings/rotary_pos_embedding.py.
+
+    The factor 8.0 is among the args even when scaling is off; low, high and the original length
+    are constants there, and arguments only in NeMo and early Megatron-Bridge.
+    """
+    if facts.arg("use_rope_scaling"):
+        return {
+            "rope_type": "llama3",
+            "factor": facts.arg("rope_scaling_factor") or 8.0,
+            "low_freq_factor": facts.arg("low_freq_factor") or 1.0,
+            "high_freq_factor": facts.arg("high_freq_factor") or 4.0,
+            "original_max_position_embeddings": facts.arg("old_context_len") or 8192,
+        }
+    factor = facts.arg("rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor")
+    if isinstance(factor, int | float) and factor != 1:
+        return {"rope_type": "linear", "factor": float(factor)}
+    return Soft(None)
+
+
+def _tied(facts: Facts) -> object:
+    """A stored output layer is served, whatever a reference says: Megatron stores none where it
+    shares the embedding, but a fine-tuning may have given the model its own."""
+    return True if facts.tied else Proven(False)
+
+
+def _activation(facts: Facts) -> object | None:
+    return "silu" if facts.arg("swiglu") else None
+
+
+def _ffn(facts: Facts) -> object | None:
+    """A model of MoE layers only has no dense ffn: the argument is then no more than a number."""
+    if "ffn" in facts.dims:
+        return facts.dims["ffn"]
+    found = facts.arg("ffn_hidden_size")
+    return None if found is None else Soft(found)
+
+
+BASE_KEYS: Mapping[str, Key] = {
+    "hidden_size": dim("hidden"),
+    "intermediate_size": Key(_ffn),
+    "num_hidden_layers": dim("layers"),
+    "vocab_size": Key(lambda facts: Proven(facts.dims["vocab"])),
+    "tie_word_embeddings": Key(_tied),
+    "hidden_act": Key(_activation, "silu"),
+    "rms_norm_eps": arg("layernorm_epsilon", "norm_epsilon"),
+    "rope_theta": arg("rotary_base"),
+    "rope_scaling": Key(_rope_scaling, None),
+    "max_position_embeddings": soft_arg("max_position_embeddings", "seq_length", default=32768),
+    "initializer_range": soft_arg("init_method_std", default=0.02),
+    "attention_dropout": soft_arg("attention_dropout", default=0.0),
+    "use_cache": constant(True),
+}
+GQA_KEYS: Mapping[str, Key] = {
+    "num_attention_heads": dim("heads"),
+    "num_key_value_heads": dim("groups"),
+    "head_dim": dim("head_dim"),
+}
+FULL_ATTENTION_KEYS: Mapping[str, Key] = {
+    "use_sliding_window": Key(lambda facts: False if facts.args else None, False),
+    "sliding_window": Key(lambda facts: None, None),
+}
+
+
+def _window(facts: Facts) -> Soft | None:
+    """Megatron counts the tokens before the one that attends, transformers that one too
+    (Megatron-LM:megatron/core/transformer/utils.py get_sliding_window_causal_mask). Soft: some
+    tools write transformers' number into Megatron's argument, and a run on short sequences may
+    leave the window out."""
+    window = facts.arg("window_size")
+    if isinstance(window, list | tuple) and window and type(window[0]) is int and window[0] >= 0:
+        return Soft(window[0] + 1)
+    return Soft(None) if facts.args else None
+
+
+SLIDING_WINDOW = Key(_window, None)
+"""The window of a model whose layers all have the same."""
+
+DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "position_embedding_type": ("rope",),
+    "rotary_percent": (1, 1.0),
+    "rotary_interleaved": (False,),
+    "add_bias_linear": (False,),
+    "add_qkv_bias": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_layernorm_1p": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "multi_latent_attention": (False,),
+    "attention_output_gate": (False,),
+    "qk_l2_norm": (False,),
+    "softmax_type": ("vanilla",),
+    "softmax_scale": (),
+    "use_mup": (False,),
+    "moe_mlp_glu_interleave_size": (),
+    "window_size": (),
+    "no_rope_freq": (),
+    "activation_func_clamp_value": (),
+    "glu_linear_offset": (0, 0.0),
+}
+"""What a decoder of RMSNorm, SwiGLU and half-split RoPE takes for granted."""
+
+
+def decoder_requires(*but: str) -> Mapping[str, tuple[object, ...]]:
+    """DECODER_REQUIRES, but for the arguments that the family has a place for."""
+    return {name: allowed for name, allowed in DECODER_REQUIRES.items() if name not in but}

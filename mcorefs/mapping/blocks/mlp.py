@@ -1,0 +1,65 @@
+"""Gated MLPs: of a layer, of an expert.
+
+Formulas: Megatron-LM:megatron/core/transformer/mlp.py (gate and up), moe/router.py.
+"""
+
+from __future__ import annotations
+
+from mcorefs.mapping.blocks.names import LAYER, MLAYER
+from mcorefs.mapping.family import Facts, Rule
+from mcorefs.views import Narrow, View
+
+MLP_BIAS = "decoder.layers.*.mlp.linear_fc1.bias"
+"""The kind of tensor that models with biases in their MLPs hold."""
+
+
+def gate(view: View, facts: Facts) -> View:
+    """gate_proj: the first half of the rows of a gated linear_fc1."""
+    return Narrow(view, 0, 0, view.shape[0] // 2)
+
+
+def up(view: View, facts: Facts) -> View:
+    """up_proj: the second half of the rows of a gated linear_fc1."""
+    return Narrow(view, 0, view.shape[0] // 2, view.shape[0] // 2)
+
+
+_FC1, _FC2 = MLAYER + "mlp.linear_fc1.", MLAYER + "mlp.linear_fc2."
+GATED_MLP = (
+    Rule(LAYER + "mlp.gate_proj.weight", _FC1 + "weight", ("ffn", "hidden"), gate, "dense"),
+    Rule(LAYER + "mlp.up_proj.weight", _FC1 + "weight", ("ffn", "hidden"), up, "dense"),
+    Rule(LAYER + "mlp.down_proj.weight", _FC2 + "weight", ("hidden", "ffn"), layers="dense"),
+)
+_BIASES = (
+    Rule(LAYER + "mlp.gate_proj.bias", _FC1 + "bias", ("ffn",), gate, "dense", MLP_BIAS),
+    Rule(LAYER + "mlp.up_proj.bias", _FC1 + "bias", ("ffn",), up, "dense", MLP_BIAS),
+    Rule(LAYER + "mlp.down_proj.bias", _FC2 + "bias", ("hidden",), layers="dense", when=MLP_BIAS),
+)
+GATED_MLP_ALL_OR_NO_BIAS = tuple(
+    rule for pair in zip(GATED_MLP, _BIASES, strict=True) for rule in pair
+)
+"""With biases (--add-bias-linear), or with none."""
+
+
+def router(hf: str) -> Rule:
+    """The router's weight, one row per expert, under the name `hf` in its layer."""
+    source = MLAYER + "mlp.router.weight"
+    return Rule(LAYER + hf, source, ("experts", "hidden"), layers="moe", keeps_dtype=True)
+
+
+def gated_experts(hf: str) -> tuple[Rule, ...]:
+    """gate, up and down projections of each expert under `hf`, which holds {expert}.
+
+    transformers 5 holds them fused in memory (gate_up_proj, down_proj) and sorts by that name.
+    """
+    at = MLAYER + "mlp.experts.{expert}."
+    fc1, fc2 = at + "linear_fc1.weight", at + "linear_fc2.weight"
+    fused = LAYER + hf.split("{expert}", maxsplit=1)[0]
+    wide, tall = ("moe_ffn", "hidden"), ("hidden", "moe_ffn")
+    both = fused + "gate_up_proj"
+    return (
+        Rule(LAYER + hf + "gate_proj.weight", fc1, wide, gate, "moe", sorts_as=both),
+        Rule(LAYER + hf + "up_proj.weight", fc1, wide, up, "moe", sorts_as=both),
+        Rule(
+            LAYER + hf + "down_proj.weight", fc2, tall, layers="moe", sorts_as=fused + "down_proj"
+        ),
+    )
