@@ -3,6 +3,7 @@ the model that each checkpoint was made from."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from mcorefs.files import read_all
 from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
+from tests.checkpoints.families import FAMILIES
 from tests.edited import with_args
 
 NAMES = [name for name, spec in SPECS.items() if spec.common != "no_args" and spec.is_whole]
@@ -136,11 +138,15 @@ LOGITS = (
     "qwen3_moe",  # norm_topk_prob false
     "qwen3_moe-tp2-ep2-etp1",  # tied, norm_topk_prob true
     "qwen3_moe-mixed-pp2",
-    "llama-tp2",
-    "llama-pp2-tied",
-    "qwen2-tp2-pp2",
-    "qwen2-tp4-gqa2-tied",
+    *(name for family in FAMILIES.values() for name in itertools.islice(family.specs, 2)),
 )
+OTHERWISE: Mapping[str, object] = {
+    "rms_norm_eps": 1e-2,
+    "rope_theta": 1e4,
+    "norm_topk_prob": True,
+    "sliding_window": 9,
+}
+"""Changes no tensor, only what is computed with it."""
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -163,10 +169,10 @@ def test_the_model_computes_the_same_logits(
 
     expected = logits(fixture.hf)
     assert torch.equal(logits(tmp_path), expected)
-    # The test would see a wrong key: these change no tensor, only what is computed with them.
-    for key, value in {"rms_norm_eps": 1e-2, "rope_theta": 1e4, "norm_topk_prob": True}.items():
+    # The test would see a wrong key.
+    for key, value in OTHERWISE.items():
         config = dict(loaded.config)
-        if config.get(key, value) != value:
+        if config.get(key) not in (None, value):
             config[key] = value
             config.pop("rope_parameters")
             (tmp_path / "config.json").write_text(json.dumps(config))
@@ -262,6 +268,23 @@ def test_moe_arguments_that_mean_another_model_are_refused(
     root = with_args(fixtures["qwen3_moe"], tmp_path, **{name: value})
     (problem,) = refusal(lambda: load(root, Options()))
     assert f"{name}={value!r}" in problem
+
+
+def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures["mistral-tp2"]
+    assert load(fixture.root, Options()).config["sliding_window"] == 8
+    given = reference(fixture, tmp_path / "given", sliding_window=7)
+    model = load(fixture.root, Options(hf_config=given))
+    assert model.config["sliding_window"] == 7
+    assert said(model, "sliding_window is 7 as in --hf-config (training used 8)")
+    root = with_args(fixture, tmp_path, window_size=None)
+    assert load(root, Options(family="mistral")).config["sliding_window"] is None
+
+
+def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:
+    for name, biased in (("llama-tp2", False), ("llama-tp2-biased", True)):
+        config = load(fixtures[name].root, Options()).config
+        assert config["attention_bias"] is config["mlp_bias"] is biased
 
 
 # -- vocabulary -----------------------------------------------------------------------------------
@@ -500,7 +523,7 @@ def test_a_missing_output_layer_is_seen(fixtures: Mapping[str, Fixture], tmp_pat
         ("[" * 100_000, "is not JSON"),
         ("[]", "names no model_type"),
         ('{"tokenizer_class": "X"}', "names no model_type"),
-        ('{"model_type": "bloom"}', "not supported yet. Supported: llama, qwen2, qwen3, qwen3_moe"),
+        ('{"model_type": "bloom"}', "which is not supported yet. Supported: .*qwen3, qwen3_moe"),
     ],
 )
 def test_references_that_cannot_be_used(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -330,6 +331,35 @@ def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, famil
 def test_each_family_is_seen_by_itself(name: str) -> None:
     fixture = ensure([name])[name]
     assert load(fixture.root, Options()).choice.family.name == fixture.spec.family
+
+
+def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> None:
+    fixture = ensure(["mistral-tp2"])["mistral-tp2"]
+    tensors = canonical(fixture)
+    found = chosen(tensors, window_size=[7, 0], num_attention_heads=8)
+    assert found.family.name == "mistral"
+    assert "not llama: the model was trained with window_size=[7, 0]" in found.evidence[-1]
+    found = chosen(tensors, num_attention_heads=8)
+    assert found.family.name == "llama"
+    assert found.evidence[-1] == "not mistral: window_size is not set"
+    assert chosen(tensors, "mistral").family.name == "mistral"
+
+
+def test_biases_tell_families_apart() -> None:
+    llama = canonical(ensure(["llama-tp2-biased"])["llama-tp2-biased"])
+    kept = re.compile(r"linear_(proj|fc[12])\.bias$")
+    qwen2 = {name: view for name, view in llama.items() if not kept.search(name)}
+    assert chosen(llama).family.name == "llama"
+    assert chosen(qwen2).family.name == "qwen2"
+    some = {
+        name: view for name, view in llama.items() if ".2.self_attention.linear_proj.b" not in name
+    }
+    facts, _, _ = gather(some, {"num_attention_heads": 8}, NO_REFERENCE, 307)
+    (problem,) = plan(chosen(some).family, some, facts)[1]
+    assert problem == (
+        "model.layers.2.self_attn.o_proj.bias needs decoder.layers.2.self_attention.linear_proj."
+        "bias, which the checkpoint does not hold"
+    )
 
 
 def test_what_still_speaks_against_the_nearest_is_for_planning_to_tell(dense: Tensors) -> None:

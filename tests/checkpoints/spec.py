@@ -66,6 +66,10 @@ class Spec:
     norm_eps: float = 1e-6
     llama3_rope_factor: float | None = None
     """Llama 3.1's scaling of rotary embeddings, if any."""
+    linear_bias: bool = False
+    """Biases in all linear layers (--add-bias-linear)."""
+    window: int | None = None
+    """How many tokens each sees, itself included."""
     experts: int = 0
     topk: int = 2
     moe_ffn: int = 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mcorefs.mapping.families.llama import LLAMA
+from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
@@ -10,6 +11,7 @@ from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     LLAMA,
+    MISTRAL,
     QWEN2,
     QWEN3,
     QWEN3_MOE,

@@ -8,12 +8,14 @@ from .. import spec
 from ..spec import Spec
 from .base import Family
 from .llama import LLAMA
+from .mistral import MISTRAL
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
+    "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,

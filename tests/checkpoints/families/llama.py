@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from ..spec import Spec
-from .base import Family
+from .base import Family, Values, decoder_config
 
 _LLAMA = Spec(family="llama", norm_eps=1e-5, rope_theta=500_000)
+
+
+def _config(spec: Spec) -> Values:
+    biased = spec.linear_bias
+    return {**decoder_config(spec), "attention_bias": biased, "mlp_bias": biased}
+
 
 LLAMA = Family(
     {
         "llama-tp2": _LLAMA.but(tp=2, llama3_rope_factor=8.0, hf_max_shard_size="50KB", seed=34),
         "llama-pp2-tied": _LLAMA.but(pp=2, tied=True, llama3_rope_factor=32.0, seed=35),
         "llama-mha-per-layer": _LLAMA.but(kv_heads=8, head_dim=8, per_layer_keys=True, seed=36),
+        "llama-tp2-biased": _LLAMA.but(tp=2, linear_bias=True, seed=37),
+        "torch-llama-tp2-biased": _LLAMA.but(format="torch", tp=2, linear_bias=True, seed=38),
         "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
     },
+    config=_config,
 )
