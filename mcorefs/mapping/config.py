@@ -40,8 +40,8 @@ def synthesise(
     _add_rope_parameters(config)
     config["torch_dtype"] = config["dtype"] = dtype
     for name in TOKEN_IDS:
-        if config.get(name) is None and token_ids.get(name) is not None:
-            config[name] = token_ids[name]
+        if config.get(name) is None:  # left out, it would be the class's default, some other token
+            config[name] = token_ids.get(name)
     remarks = [found.remark for found in settled.values() if found.remark]
     assumed = [
         f"{name}={_show(found.value)}" for name, found in settled.items() if found.is_assumed

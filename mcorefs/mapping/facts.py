@@ -14,6 +14,7 @@ from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+POSITIONS = "embedding.position_embeddings.weight"
 MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.weight$")
@@ -27,6 +28,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "experts": ("num_experts", "num_moe_experts"),
     "moe_ffn": ("moe_ffn_hidden_size",),
     "padded_vocab": ("padded_vocab_size",),
+    "positions": ("max_position_embeddings",),
 }
 """Arguments that state a size which shapes prove (Megatron-LM:megatron/training/arguments.py)."""
 
@@ -55,6 +57,8 @@ def gather(
         problems.append(
             f"{EMBEDDING} is missing or is no matrix: this is not a whole language model"
         )
+    if (positions := tensors.get(POSITIONS)) is not None and len(positions.shape) == 2:
+        dims["positions"] = positions.shape[0]
     _attention(dims, first, args, reference, problems)
     for name, mlp in (("ffn", "mlp"), ("moe_ffn", "mlp.experts.0")):
         if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
@@ -116,9 +120,8 @@ def _attention(
     if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
         return
     rows, columns = qkv.shape[0], proj.shape[1]
-    heads = _int(args.get("num_attention_heads")) or _int(
-        reference.config.get("num_attention_heads")
-    )
+    stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
+    heads = _int(args.get("num_attention_heads")) or _int(stated)
     head_dim = _int(args.get("kv_channels")) or _int(reference.config.get("head_dim"))
     if norm is not None and len(norm.shape) == 1:
         head_dim = norm.shape[0]
@@ -139,6 +142,7 @@ def _attention(
     dims["head_dim"], dims["heads"] = head_dim, columns // head_dim
     dims["groups"] = (rows - columns) // (2 * head_dim)
     dims["q_rows"], dims["kv_rows"] = columns, dims["groups"] * head_dim
+    dims["qkv_rows"] = rows
     if dims["heads"] % dims["groups"]:
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
 

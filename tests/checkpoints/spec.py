@@ -68,6 +68,8 @@ class Spec:
     """Llama 3.1's scaling of rotary embeddings, if any."""
     linear_bias: bool = False
     """Biases in all linear layers (--add-bias-linear)."""
+    fused_gelu: bool = True
+    """GELU by the kernel that adds the bias too, which approximates it (--bias-gelu-fusion)."""
     window: int | None = None
     """How many tokens each sees, itself included."""
     experts: int = 0

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Rule
-from mcorefs.views import Flatten, Narrow, Unflatten, View
+from mcorefs.views import Cat, Flatten, Narrow, Unflatten, View
 
 _QKV, _PROJ = MLAYER + "self_attention.linear_qkv.", MLAYER + "self_attention.linear_proj."
 QKV_BIAS = "decoder.layers.*.self_attention.linear_qkv.bias"
@@ -44,6 +44,11 @@ def key(view: View, facts: Facts) -> View:
 def value(view: View, facts: Facts) -> View:
     """v_proj from linear_qkv."""
     return _grouped(view, facts, _per_group(facts) + 1, 1)
+
+
+def fused_qkv(view: View, facts: Facts) -> View:
+    """q, k and v one above the other."""
+    return Cat((query(view, facts), key(view, facts), value(view, facts)), 0)
 
 
 _Q_BIAS = Rule(LAYER + "self_attn.q_proj.bias", _QKV + "bias", ("q_rows",), query)

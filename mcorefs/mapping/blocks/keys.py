@@ -77,21 +77,27 @@ def _ffn(facts: Facts) -> object | None:
     return None if found is None else Soft(found)
 
 
+MODEL_KEYS: Mapping[str, Key] = {
+    "vocab_size": Key(lambda facts: Proven(facts.dims["vocab"])),
+    "tie_word_embeddings": Key(_tied),
+    "initializer_range": soft_arg("init_method_std", default=0.02),
+    "use_cache": constant(True),
+}
+"""What every family calls the same."""
+EPSILON = arg("layernorm_epsilon", "norm_epsilon")
 BASE_KEYS: Mapping[str, Key] = {
+    **MODEL_KEYS,
     "hidden_size": dim("hidden"),
     "intermediate_size": Key(_ffn),
     "num_hidden_layers": dim("layers"),
-    "vocab_size": Key(lambda facts: Proven(facts.dims["vocab"])),
-    "tie_word_embeddings": Key(_tied),
     "hidden_act": Key(_activation, "silu"),
-    "rms_norm_eps": arg("layernorm_epsilon", "norm_epsilon"),
+    "rms_norm_eps": EPSILON,
     "rope_theta": arg("rotary_base"),
     "rope_scaling": Key(_rope_scaling, None),
     "max_position_embeddings": soft_arg("max_position_embeddings", "seq_length", default=32768),
-    "initializer_range": soft_arg("init_method_std", default=0.02),
     "attention_dropout": soft_arg("attention_dropout", default=0.0),
-    "use_cache": constant(True),
 }
+"""What most decoders call the same."""
 GQA_KEYS: Mapping[str, Key] = {
     "num_attention_heads": dim("heads"),
     "num_key_value_heads": dim("groups"),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks.names import LAYER, MLAYER
-from mcorefs.mapping.family import Facts, Rule
-from mcorefs.views import Narrow, View
+from mcorefs.mapping.blocks.names import INPUT_NORM, LAYER, MLP_NORM
+from mcorefs.mapping.family import Block, Facts, Rule, whole
+from mcorefs.views import Narrow, Permute, View
 
 
 def unpad(view: View, facts: Facts) -> View:
@@ -12,10 +12,14 @@ def unpad(view: View, facts: Facts) -> View:
     return Narrow(view, 0, 0, facts.dims["vocab"])
 
 
+def transposed(block: Block = whole) -> Block:
+    """What `block` makes, as transformers' Conv1D holds a weight: [in, out]."""
+    return lambda view, facts: Permute(block(view, facts), (1, 0))
+
+
 EMBED = Rule(
     "model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab", "hidden"), unpad
 )
-NORM = Rule("model.norm.weight", "decoder.final_layernorm.weight", ("hidden",))
 HEAD = Rule(
     "lm_head.weight",
     "output_layer.weight",
@@ -24,18 +28,20 @@ HEAD = Rule(
     when="output_layer.weight",
 )
 
+
+def norm(hf: str, *at: str) -> Rule:
+    """The weight of a norm of hidden states; `at`: where it may be, up to the parameter."""
+    return Rule(hf + "weight", tuple(f"{place}weight" for place in at), ("hidden",))
+
+
+def layer_norm(hf: str, *at: str) -> tuple[Rule, Rule]:
+    """`norm`, and its bias."""
+    bias = Rule(hf + "bias", tuple(f"{place}bias" for place in at), ("hidden",))
+    return norm(hf, *at), bias
+
+
+NORM = norm("model.norm.", "decoder.final_layernorm.")
 LAYER_NORMS = (
-    Rule(
-        LAYER + "input_layernorm.weight",
-        (
-            MLAYER + "self_attention.linear_qkv.layer_norm_weight",
-            MLAYER + "input_layernorm.weight",
-        ),
-        ("hidden",),
-    ),
-    Rule(
-        LAYER + "post_attention_layernorm.weight",
-        (MLAYER + "mlp.linear_fc1.layer_norm_weight", MLAYER + "pre_mlp_layernorm.weight"),
-        ("hidden",),
-    ),
+    norm(LAYER + "input_layernorm.", *INPUT_NORM),
+    norm(LAYER + "post_attention_layernorm.", *MLP_NORM),
 )

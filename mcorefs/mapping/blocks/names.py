@@ -1,3 +1,11 @@
 """What most families call their layers, on both sides."""
 
 LAYER, MLAYER = "model.layers.{layer}.", "decoder.layers.{layer}."
+INPUT_NORM = (
+    MLAYER + "self_attention.linear_qkv.layer_norm_",
+    MLAYER + "input_layernorm.",
+)
+"""Where the norm before attention may be, up to the parameter: part of the linear layer behind it
+(TransformerEngine), or on its own."""
+MLP_NORM = (MLAYER + "mlp.linear_fc1.layer_norm_", MLAYER + "pre_mlp_layernorm.")
+"""Likewise the norm before the MLP; that of a layer of experts is on its own."""

@@ -3,20 +3,10 @@ biases in all of its linear layers (--add-bias-linear), or in none."""
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks import (
-    BASE_KEYS,
-    EMBED,
-    GATED_MLP_ALL_OR_NO_BIAS,
-    GQA_ALL_OR_NO_BIAS,
-    GQA_KEYS,
-    HEAD,
-    LAYER_NORMS,
-    MLP_BIAS,
-    NORM,
-    QKV_BIAS,
-    decoder_requires,
-    holds,
-)
+from mcorefs.mapping.blocks.attention import GQA_ALL_OR_NO_BIAS, QKV_BIAS
+from mcorefs.mapping.blocks.keys import BASE_KEYS, GQA_KEYS, decoder_requires, holds
+from mcorefs.mapping.blocks.mlp import GATED_MLP_ALL_OR_NO_BIAS, MLP_BIAS
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.family import Family
 
 LLAMA = Family(

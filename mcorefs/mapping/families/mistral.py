@@ -3,18 +3,10 @@ is, and is served as that unless it is named."""
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks import (
-    BASE_KEYS,
-    EMBED,
-    GATED_MLP,
-    GQA,
-    GQA_KEYS,
-    HEAD,
-    LAYER_NORMS,
-    NORM,
-    SLIDING_WINDOW,
-    decoder_requires,
-)
+from mcorefs.mapping.blocks.attention import GQA
+from mcorefs.mapping.blocks.keys import BASE_KEYS, GQA_KEYS, SLIDING_WINDOW, decoder_requires
+from mcorefs.mapping.blocks.mlp import GATED_MLP
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.family import Family
 
 MISTRAL = Family(

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks import (
-    BASE_KEYS,
-    DECODER_REQUIRES,
-    EMBED,
-    FULL_ATTENTION_KEYS,
-    GATED_MLP,
-    GQA_KEYS,
-    GQA_QKV_BIAS,
-    HEAD,
-    LAYER_NORMS,
-    NORM,
-)
+from mcorefs.mapping.blocks.attention import GQA_QKV_BIAS
+from mcorefs.mapping.blocks.keys import BASE_KEYS, DECODER_REQUIRES, FULL_ATTENTION_KEYS, GQA_KEYS
+from mcorefs.mapping.blocks.mlp import GATED_MLP
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.family import Family
 
 QWEN2 = Family(

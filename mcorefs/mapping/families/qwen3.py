@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks import (
+from mcorefs.mapping.blocks.attention import GQA, QK_NORM, QKV_BIAS
+from mcorefs.mapping.blocks.keys import (
     BASE_KEYS,
     DECODER_REQUIRES,
-    EMBED,
     FULL_ATTENTION_KEYS,
-    GATED_MLP,
-    GQA,
     GQA_KEYS,
-    HEAD,
-    LAYER_NORMS,
-    NORM,
-    QK_NORM,
-    QKV_BIAS,
     holds,
 )
+from mcorefs.mapping.blocks.mlp import GATED_MLP
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.family import Family
 
 QWEN3 = Family(

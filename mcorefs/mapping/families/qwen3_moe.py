@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks import (
+from mcorefs.mapping.blocks.attention import GQA, QK_NORM, QKV_BIAS
+from mcorefs.mapping.blocks.keys import (
     BASE_KEYS,
     DECODER_REQUIRES,
-    EMBED,
     FULL_ATTENTION_KEYS,
-    GATED_MLP,
-    GQA,
     GQA_KEYS,
-    HEAD,
-    LAYER_NORMS,
-    NORM,
-    QK_NORM,
-    QKV_BIAS,
     arg,
     constant,
     dim,
-    gated_experts,
     holds,
-    router,
     soft_arg,
 )
+from mcorefs.mapping.blocks.mlp import GATED_MLP, gated_experts, router
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.family import Facts, Family, Key
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .. import spec
 from ..spec import Spec
 from .base import Family
+from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen2 import QWEN2
@@ -14,6 +15,7 @@ from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "qwen2": QWEN2,
