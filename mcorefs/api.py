@@ -34,6 +34,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     iteration: int | None = None,
     format: str | None = None,  # noqa: A002 (as the option)
     family: str | None = None,
+    task: str | None = None,
     hf_config: str | PathLike[str] | None = None,
     tokenizer: str | PathLike[str] | None = None,
     vocab_size: int | None = None,
@@ -58,6 +59,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         iteration=iteration,
         format=format,
         family=family,
+        task=task,
         hf_config=None if hf_config is None else Path(hf_config),
         tokenizer=None if tokenizer is None else Path(tokenizer),
         vocab_size=vocab_size,

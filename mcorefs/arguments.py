@@ -9,6 +9,7 @@ import typer
 
 from mcorefs import wording
 from mcorefs.formats import NAMES
+from mcorefs.mapping.heads import TASKS
 from mcorefs.model import DTYPES, WEIGHTS
 
 
@@ -37,6 +38,15 @@ FormatName = Annotated[
 FamilyName = Annotated[
     str | None,
     typer.Option("--family", help="The model's Hugging Face `model_type`, if it cannot be told."),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="|".join(TASKS),
+        help="What the model was trained for, if its trainer does not say: seq_cls is what "
+        "classifiers, reward models and value heads are.",
+    ),
 ]
 HfConfig = Annotated[
     Path | None,

@@ -27,6 +27,7 @@ from mcorefs.arguments import (
     Iteration,
     RequireTokenizer,
     ShardSize,
+    TaskName,
     TokenizerPath,
     VocabSize,
     WhichWeights,
@@ -62,6 +63,7 @@ def mount(
     iteration: Iteration = None,
     format_name: FormatName = None,
     family: FamilyName = None,
+    task: TaskName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
     require_tokenizer: RequireTokenizer = False,
@@ -115,6 +117,7 @@ def mount(
         weights,
         format_name,
         adapter,
+        task,
     )
     opened = open_tree(ckpt, replace(options, shard_size=shard_size, cache_bytes=cache_size))
     source, tree = opened.source, opened.tree
@@ -151,6 +154,7 @@ def materialize(
     iteration: Iteration = None,
     format_name: FormatName = None,
     family: FamilyName = None,
+    task: TaskName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
     require_tokenizer: RequireTokenizer = False,
@@ -183,6 +187,7 @@ def materialize(
         weights,
         format_name,
         adapter,
+        task,
     )
     opened = open_tree(ckpt, replace(options, shard_size=shard_size))
     source, tree = opened.source, opened.tree
@@ -206,6 +211,7 @@ def inspect(
     iteration: Iteration = None,
     format_name: FormatName = None,
     family: FamilyName = None,
+    task: TaskName = None,
     hf_config: HfConfig = None,
     tokenizer: TokenizerPath = None,
     vocab_size: VocabSize = None,
@@ -229,6 +235,7 @@ def inspect(
         weights,
         format_name,
         adapter,
+        task,
     )
     found = look(ckpt, options)
     if as_json:
@@ -257,6 +264,7 @@ def verify(
     iteration: Iteration = None,
     format_name: FormatName = None,
     family: FamilyName = None,
+    task: TaskName = None,
     hf_config: HfConfig = None,
     vocab_size: VocabSize = None,
     dtype: Dtype = None,
@@ -276,7 +284,17 @@ def verify(
 
     checks: list[Check] = []
     options = _options(
-        iteration, family, hf_config, None, False, vocab_size, dtype, weights, format_name, adapter
+        iteration,
+        family,
+        hf_config,
+        None,
+        False,
+        vocab_size,
+        dtype,
+        weights,
+        format_name,
+        adapter,
+        task,
     )
     sound = True
     if deep or hf_dir is not None:
@@ -342,12 +360,14 @@ def _options(
     weights: str,
     format_name: str | None,
     adapter: str | None,
+    task: str | None,
 ) -> Options:
     path, scale = (None, None) if adapter is None else _adapter(adapter)
     return Options(
         iteration=iteration,
         format=format_name,
         family=family,
+        task=task,
         hf_config=hf_config,
         tokenizer=tokenizer,
         require_tokenizer=require_tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -18,6 +18,7 @@ from mcorefs.mapping import config as configs
 from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts
+from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
@@ -38,6 +39,8 @@ class Options:
     format: str | None = None
     """Which on-disk format, by name; None: the one there is."""
     family: str | None = None
+    task: str | None = None
+    """What it was trained for, one of TASKS; None: what the trainer says, or generating text."""
     hf_config: Path | None = None
     """A local Hugging Face model directory: config keys, tokenizer, generation config."""
     tokenizer: Path | None = None
@@ -108,8 +111,12 @@ def load_at(location: Location, options: Options) -> Model:
         raise MappingError(refused, canonical.problems)
     adapter = adapters.sort_out(canonical.adapter, canonical.tensors)
     trained: dict[str, View] = {**canonical.tensors, **adapter.whole}
-    facts, said, problems = gather(trained, beside.args, reference, options.vocab_size)
+    task, unfit = task_of(trained, _task(options.task) or beside.task)
+    if unfit:
+        raise MappingError(refused, unfit)
+    facts, said, problems = gather(trained, beside.args, reference, options.vocab_size, task)
     choice = choose(trained, facts, options.family, reference, beside.model_type)
+    choice = replace(choice, family=for_task(choice.family, task, facts, reference.config))
     remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
     trained_in = facts.args.get("params_dtype")
     if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
@@ -209,6 +216,12 @@ def which_weights(name: str) -> WeightsFrom:
         if name == weights:
             return weights
     raise CheckpointError(f"--weights {name}: expected one of {', '.join(WEIGHTS)}")
+
+
+def _task(name: str | None) -> str | None:
+    if name is not None and name not in TASKS:
+        raise CheckpointError(f"--task {name}: expected one of {', '.join(TASKS)}")
+    return name
 
 
 def _dtype(name: str | None) -> DType | None:

@@ -133,7 +133,11 @@ def _unfit(options: Options) -> list[str]:
 
 
 def _unused(options: Options) -> list[str]:
-    given = {"--hf-config": options.hf_config, "--family": options.family}
+    given = {
+        "--hf-config": options.hf_config,
+        "--family": options.family,
+        "--task": options.task,
+    }
     return [f"{name} is not used" for name, value in given.items() if value is not None]
 
 

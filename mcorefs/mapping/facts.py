@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mcorefs.mapping.family import Facts, kind
+from mcorefs.mapping.heads import Task
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
@@ -38,8 +39,10 @@ def gather(
     args: Mapping[str, object],
     reference: Reference,
     vocab_size: int | None = None,
+    task: Task = "causal_lm",
 ) -> tuple[Facts, list[str], list[str]]:
-    """(facts of canonical `tensors` trained with `args`, remarks, every contradiction found).
+    """(facts of canonical `tensors` trained with `args` for `task`, remarks, every contradiction
+    found).
 
     `reference` (a Hugging Face config.json) supplies the head count where nothing else does, and
     the vocabulary's size unless the user gives it as `vocab_size`.
@@ -70,10 +73,15 @@ def gather(
     dtype = tensors[EMBEDDING].dtype.torch if EMBEDDING in tensors else "bfloat16"
     tied = HEAD not in tensors
     untied = args.get("untie_embeddings_and_output_weights")
-    if tied and untied:
+    if task == "seq_cls" and HEAD in tensors:
+        dims["labels"] = tensors[HEAD].shape[0]
+    if task != "causal_lm":
+        pass  # there is no output layer that could share the embedding
+    elif tied and untied:
         problems.append(
             "the training arguments say untie_embeddings_and_output_weights, but the checkpoint "
-            f"holds no {HEAD}: the last pipeline stage is missing"
+            f"holds no {HEAD}: the last pipeline stage is missing, or it is an embedding model "
+            "(--task embedding)"
         )
     elif not tied and untied is not None and not untied:
         remarks.append(

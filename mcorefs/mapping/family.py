@@ -29,8 +29,8 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    experts, moe_ffn, positions, vocab (rows kept), padded_vocab (rows stored). Absent where the
-    model has no such."""
+    experts, moe_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels. Absent where
+    the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]

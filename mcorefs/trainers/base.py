@@ -57,6 +57,8 @@ class Companions:
     """What the user should know."""
     lora: LoraTraining | None = None
     """Of the adapter that was trained, if it was one."""
+    task: str | None = None
+    """What it was trained for, in ms-swift's words (`mapping.heads`), where the framework says."""
 
 
 def is_model_directory(path: Path) -> bool:

@@ -81,6 +81,7 @@ class MsSwift:
             checkpoint.args,
             checkpoint.args_source,
             model_type=_model_type(found),
+            task=_text(found.get("task_type")),
             hf_directories=directories,
             remarks=remarks,
             lora=_lora(found, location.root),

@@ -28,7 +28,8 @@ TOLERANCE = 2e-5
 
 
 def is_checkable(spec: Spec) -> bool:
-    return spec.pp == spec.cp == 1 and not spec.main_weights
+    speaks = not (spec.labels or spec.bare)
+    return spec.pp == spec.cp == 1 and not spec.main_weights and speaks
 
 
 def _tokens(spec: Spec) -> Tensor:

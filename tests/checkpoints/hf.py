@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -41,7 +44,7 @@ def build_model(spec: Spec) -> PreTrainedModel:
     """A model whose every tensor is random and unlike every other, norms included."""
     dtype = TORCH_DTYPES[spec.oracle_dtype]
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(_config(spec)).to(dtype)
+        model: PreTrainedModel = _kind(spec).from_config(_config(spec)).to(dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(spec.seed)
@@ -56,9 +59,17 @@ def build_model(spec: Spec) -> PreTrainedModel:
     return model
 
 
+def _kind(spec: Spec) -> Any:
+    if spec.bare:
+        return AutoModel
+    return AutoModelForSequenceClassification if spec.labels else AutoModelForCausalLM
+
+
 def _config(spec: Spec) -> PreTrainedConfig:
+    labels = {"num_labels": spec.labels} if spec.labels else {}
     return AutoConfig.for_model(
         spec.family,
+        **labels,
         vocab_size=spec.vocab_size,
         tie_word_embeddings=spec.tied,
         dtype=TORCH_DTYPES[spec.oracle_dtype],

@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 from .hf import TORCH_DTYPES
 from .saved_args import model_args
 from .spec import Spec
+from .te_linear import TELinear
 
 
 def build_models(spec: Spec) -> list[GPTModel]:
@@ -89,6 +90,10 @@ def _build_stage(
         rope_scaling_factor=args["rope_scaling_factor"],
         vp_stage=stage,
     )
+    if model.post_process and spec.labels:  # as mcore_bridge/model/gpt_model.py does
+        model.output_layer = TELinear(spec.hidden, spec.labels, config, is_expert=False)
+    if model.post_process and spec.bare:
+        model.output_layer = None
     model.to(TORCH_DTYPES[spec.dtype])
     if spec.fp32_router:
         for name, parameter in model.named_parameters():

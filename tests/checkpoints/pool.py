@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .families import SPECS
-from .spec import ADAPTED, Spec
+from .spec import ADAPTED, HEADED, Spec
 
 GENERATOR_FILES = (
     "adapters.py",
@@ -35,6 +35,7 @@ GENERATOR_FILES = (
     "saved_again.py",
     "saved_args.py",
     "stand_ins.py",
+    "te_linear.py",
     "torch_writer.py",
     "weights.py",
 )
@@ -81,7 +82,8 @@ class Fixture:
 def ensure(names: Iterable[str]) -> dict[str, Fixture]:
     """The named fixtures, written first if the cache lacks them (all in one process pool)."""
     cache = cache_directory()
-    specs = {name: ADAPTED[name] if name in ADAPTED else SPECS[name] for name in names}
+    known = {**SPECS, **ADAPTED, **HEADED}
+    specs = {name: known[name] for name in names}
     fixtures = {
         name: Fixture(spec, cache / f"{name}-{_digest(spec)}") for name, spec in specs.items()
     }

@@ -79,6 +79,10 @@ class Spec:
     """1 for a MoE layer, 0 for a dense one; None (all MoE) keeps stacked keys, a list does not."""
     norm_topk_prob: bool = True
     fp32_router: bool = False
+    labels: int = 0
+    """The output layer gives that many scores (ms-swift's task_type seq_cls); 0: words."""
+    bare: bool = False
+    """There is no output layer (ms-swift's task_type embedding)."""
     seed: int = 20
 
     # The save.
@@ -398,3 +402,12 @@ ADAPTED: dict[str, Spec] = {
     "bridge-qwen3-canonical-some-only-base": _DENSE.but(tp=2, common="no_args", seed=129),
 }
 """Models with LoRA modules, and models to which an adapter belongs."""
+
+HEADED: dict[str, Spec] = {
+    "scores-qwen3-tp2-pp2": _DENSE.but(tp=2, pp=2, labels=3, seed=140),
+    "scores-qwen3_moe-ep2": _MOE.but(ep=2, dp=2, etp=1, labels=1, common="no_args", seed=141),
+    "scores-torch-llama-tp2": _TORCH.but(family="llama", tp=2, names="te", labels=1, seed=142),
+    "embeds-qwen3-tp2": _DENSE.but(tp=2, tied=True, bare=True, seed=143),
+    "embeds-torch-qwen2-pp2": _TORCH.but(family="qwen2", head_dim=8, pp=2, bare=True, seed=144),
+}
+"""Models that put out something else than words."""

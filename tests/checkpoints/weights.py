@@ -108,6 +108,8 @@ class HFTensors:
 
 def local_tensor(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     """The value of Megatron parameter `name`, whose layer number is global, expert number local."""
+    if name == "output_layer.weight" and spec.labels:
+        return hf.whole("score.weight")
     if name == "output_layer.weight" and spec.tied:
         name = "embedding.word_embeddings.weight"
     layer, expert, size = "", "", (rank.tp, spec.tp)
@@ -156,6 +158,7 @@ class _Reader:
                 return self._padded(hf)
 
     def _name(self, hf: str) -> str:
+        hf = hf.removeprefix("model.") if self.spec.bare else hf
         return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
 
     def _whole(self, hf: str) -> Tensor:
@@ -184,7 +187,7 @@ class _Reader:
 
     def _padded(self, hf: str) -> Tensor:
         rows = self.spec.padded_vocab_size // self.size
-        real = self.hf.rows(hf, self.rank * rows, (self.rank + 1) * rows)
+        real = self.hf.rows(self._name(hf), self.rank * rows, (self.rank + 1) * rows)
         padding = torch.full(
             (rows - real.shape[0], self.spec.hidden), PADDING_VALUE, dtype=real.dtype
         )

@@ -115,9 +115,23 @@ def how_cut(
         return _fc1_cut(name, module, parts)
     if key in ("linear_q_down_proj.weight", "linear_kv_down_proj.weight"):
         return _down_cut(name, parts, ranks, args)
+    if key == "output_layer.weight" and not _has_words(parts[name], parts, ranks, args):
+        return Cut.WHOLE, None
     if (cut := _CUTS.get(key)) is not None:
         return cut, None
     return Cut.WHOLE, f"{name}: how it is cut over {ranks} tensor-parallel ranks is not known"
+
+
+def _has_words(
+    head: Part, parts: Mapping[str, Part], ranks: int, args: Mapping[str, object]
+) -> bool:
+    """Whether an output layer has a row per word, and not per label: then every rank holds it whole
+    (mcore-bridge:src/mcore_bridge/model/gpt_model.py OutputLayerLinear)."""
+    words = parts.get("embedding.word_embeddings.weight")
+    rows = args.get("padded_vocab_size")
+    if words is not None and words.shape:
+        rows = words.shape[0] * ranks
+    return not head.shape or type(rows) is not int or head.shape[0] * ranks == rows
 
 
 def _fc1_cut(name: str, module: str, parts: Mapping[str, Part]) -> tuple[Cut, str | None]:
