@@ -1,9 +1,24 @@
-"""VirtualFile: a file of the tree, to those who serve it (`mount`, `materialize`, the API)."""
+"""VirtualFile: a file of the tree, to those who serve it (`mount`, `materialize`, the API).
+FileIdentity: a real file, to those who read it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """What must stay the same about a file for its bytes to be the same."""
+
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(status: os.stat_result) -> FileIdentity:
+        return FileIdentity(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 class VirtualFile(Protocol):

@@ -1,0 +1,147 @@
+"""Files of this machine: handles, preads that never come short, and that a file is still the same.
+
+Read with `pread` into the caller's buffer, never through a mapping: a file truncated under a
+mapping is SIGBUS and would end the daemon, a short read is an error that can be reported.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from itertools import islice
+
+from mcorefs.errors import ReadFault
+from mcorefs.files import FileIdentity
+
+
+class _Handle:
+    __slots__ = ("fd", "users")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.users = 0
+
+
+class LocalFiles:
+    """Files opened as needed and at most `max_open` at a time.
+
+    `identities` are the files as they were when the index was made: one that is no longer the same
+    when it is opened is refused with a ReadFault, so that two versions are never mixed. A file
+    deleted or replaced while it is open is read on as it was; one truncated in place is a
+    ReadFault; one *rewritten* in place is noticed when it is next opened. Thread-safe.
+    """
+
+    def __init__(self, identities: Mapping[str, FileIdentity], max_open: int) -> None:
+        self._identities = identities
+        self._max_open = max_open
+        self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def read_into(self, path: str, offset: int, out: memoryview) -> None:
+        """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
+        if offset < 0:  # preadv would take -1 for "where the last read ended"
+            raise ReadFault(f"{path}: there is no byte {offset}")
+        done, want = 0, len(out)
+        handle = self._open(path)
+        try:
+            while done < want:
+                count = os.preadv(handle.fd, [out[done:]], offset + done)
+                if count == 0:
+                    raise ReadFault(
+                        f"{path}: wanted {want} bytes at {offset} but the file ends after {done}: "
+                        "it was truncated after the checkpoint was opened"
+                    )
+                done += count
+        except ReadFault:
+            raise
+        except (OSError, OverflowError) as problem:
+            raise ReadFault(f"{path}: read of {want} bytes at {offset} failed: {problem}") from None
+        finally:
+            self._release(handle)
+
+    def _open(self, path: str) -> _Handle:
+        """A handle of `path`, shared between threads, that stays open until it is released."""
+        handle = self._taken(path, None)
+        if handle is None:
+            # Without the lock: a slow file system must not hold up reads of open files.
+            handle = self._taken(path, self._open_checked(path))
+        assert handle is not None
+        return handle
+
+    def _release(self, handle: _Handle) -> None:
+        with self._lock:
+            handle.users -= 1
+            self._close_idle()
+
+    def _taken(self, path: str, fd: int | None) -> _Handle | None:
+        """The handle of `path`, in use from now on; made of `fd` if there is none yet."""
+        with self._lock:
+            handle = self._handles.get(path)
+            if self._closed:
+                if fd is not None:
+                    os.close(fd)
+                raise ReadFault(f"{path}: the checkpoint has been closed")
+            if handle is None:
+                if fd is None:
+                    return None
+                handle = self._handles[path] = _Handle(fd)
+            elif fd is not None:
+                os.close(fd)  # another thread was faster
+            self._handles.move_to_end(path)
+            handle.users += 1
+            self._close_idle()
+            return handle
+
+    def _open_checked(self, path: str) -> int:
+        try:
+            # O_NONBLOCK: a FIFO put in the place of a shard must not wait for a writer.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (OSError, ValueError) as problem:
+            raise ReadFault(
+                f"{path} cannot be opened: {problem}; it was there when the checkpoint was opened"
+            ) from None
+        status = os.fstat(fd)
+        expected, found = self._identities.get(path), FileIdentity.of(status)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise ReadFault(f"{path} is not a regular file any more")
+        if expected is not None and found != expected:
+            os.close(fd)
+            raise ReadFault(
+                f"{path} was replaced after the checkpoint was opened (size {expected.size} then, "
+                f"{found.size} now); unmount and mount again to serve the new one"
+            )
+        return fd
+
+    def _close_idle(self) -> None:
+        """Close handles that are too many, those used longest ago first and none that is in use.
+        Called with the lock held."""
+        excess = len(self._handles) - (0 if self._closed else self._max_open)
+        if excess <= 0:
+            return
+        idle = (path for path, handle in self._handles.items() if handle.users == 0)
+        for path in list(islice(idle, excess)):
+            os.close(self._handles.pop(path).fd)
+
+    def close(self) -> None:
+        """Close every file, those of reads in progress when they end; later reads are refused."""
+        with self._lock:
+            self._closed = True
+            self._close_idle()
+
+
+def regular_file(path: str) -> tuple[FileIdentity | None, str | None]:
+    """Identity of the regular file at `path`, or why there is none: one of the two is None."""
+    try:
+        status = os.lstat(path)
+    except OSError as problem:
+        return None, problem.strerror or "cannot be opened"
+    if stat.S_ISLNK(status.st_mode):
+        return None, "is a symbolic link; pass the directory that holds the files themselves"
+    if not stat.S_ISREG(status.st_mode):
+        return None, "is not a regular file"
+    return FileIdentity.of(status), None
