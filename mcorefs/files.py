@@ -15,6 +15,9 @@ class FileIdentity:
     size: int
     mtime_ns: int
     inode: int
+    """0 of an object in a store."""
+    version: str = ""
+    """ETag or the like of an object in a store; "" of a local file."""
 
     @staticmethod
     def of(status: os.stat_result) -> FileIdentity:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.errors import ReadFault
-from mcorefs.index import StoredTensor
+from mcorefs.index import Chunk, StoredTensor
 from mcorefs.storage import Placed, Storage
 from mcorefs.views import Array
 
@@ -26,6 +26,8 @@ class StorageLeaf:
     gather_bytes: int = GATHER_BYTES
 
     def __call__(self, tensor: StoredTensor, box: Box, out: Array) -> None:
+        if self.storage.is_remote:
+            self.storage.expect(_wanted(tensor, box))
         filled = 0
         for chunk, part in tensor.overlapping(box):
             placed = self.storage.place(chunk, tensor.dtype)
@@ -53,6 +55,15 @@ class StorageLeaf:
         self.storage.read_into(placed.path, start, buffer.data.cast("B"))
         strides = tuple(stride * size for stride in placed.strides)
         out[...] = np.lib.stride_tricks.as_strided(buffer, box.sizes, strides, writeable=False)
+
+
+def _wanted(tensor: StoredTensor, box: Box) -> Iterator[tuple[Chunk, int, int]]:
+    """(chunk, first byte of its elements, bytes) for each chunk that holds elements of `box`."""
+    size = tensor.dtype.itemsize
+    for chunk, part in tensor.overlapping(box):
+        strides = chunk.span.strides or row_major_strides(chunk.box.sizes)
+        first, stretch = _stretch(strides, part.relative_to(chunk.box.offsets))
+        yield chunk, first * size, stretch * size
 
 
 def _stretch(strides: Shape, box: Box) -> tuple[int, int]:
@@ -103,6 +114,8 @@ def runs(storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int
     `out` is only looked at for its address and strides; `base` is the address of byte 0.
     """
     size = tensor.dtype.itemsize
+    if storage.is_remote:
+        storage.expect((chunk, 0, 0) for chunk, _ in tensor.overlapping(box))
     for chunk, part in tensor.overlapping(box):
         placed = storage.place(chunk, tensor.dtype)
         target = out[part.relative_to(box.offsets).slices()]

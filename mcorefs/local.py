@@ -134,7 +134,7 @@ class LocalFiles:
             self._close_idle()
 
 
-def regular_file(path: str) -> tuple[FileIdentity | None, str | None]:
+def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
     """Identity of the regular file at `path`, or why there is none: one of the two is None."""
     try:
         status = os.lstat(path)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import Chunk, Span
-from mcorefs.local import LocalFiles, regular_file
-from mcorefs.torchzip import Locator, Record, data_start
+from mcorefs.local import LocalFiles, local_file
+from mcorefs.remote import is_url
+from mcorefs.torchzip import GUESS, Locator, Record, data_start
 
-__all__ = ["FileIdentity", "Placed", "Storage", "is_file_name", "regular_file"]
+if TYPE_CHECKING:
+    from mcorefs.remote.objects import Objects
+
+__all__ = ["FileIdentity", "Placed", "Storage", "is_file_name", "is_there", "regular_file"]
+
+REMOTE_BYTES = 64 << 20
+"""Bytes of remote files that are kept, if nothing else is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +36,67 @@ class Placed:
 
 
 class Storage:
-    """The shard files of one checkpoint.
+    """The shard files of one checkpoint: of this machine, or in an object store where their names
+    are URLs.
 
     `identities` are the files as they were when the index was made: what is read is of those, or a
-    ReadFault, so that two versions are never mixed (`LocalFiles`). Thread-safe.
+    ReadFault, so that two versions are never mixed (`LocalFiles`, `Objects`). Thread-safe.
     """
 
-    def __init__(self, identities: Mapping[str, FileIdentity], max_open: int = 512) -> None:
+    def __init__(
+        self,
+        identities: Mapping[str, FileIdentity],
+        max_open: int = 512,
+        remote_bytes: int = REMOTE_BYTES,
+    ) -> None:
         self._identities = identities
         self._files = LocalFiles(identities, max_open)
+        self._objects: Objects | None = None
+        if any(map(is_url, identities)):
+            from mcorefs.remote.objects import Objects
+
+            self._objects = Objects(identities, remote_bytes)
         self._locator = Locator()
         self._placed: dict[Span, Placed] = {}
         self._record_starts: dict[tuple[str, int], int] = {}
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
-        self._files.read_into(path, offset, out)
+        if self._objects is not None and is_url(path):
+            self._objects.read_into(path, offset, out)
+        else:
+            self._files.read_into(path, offset, out)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read may take as long as a request to a server."""
+        return self._objects is not None
+
+    @property
+    def pieces_ahead(self) -> int:
+        """How many pieces it is worth to read ahead of a reader; 0 of files of this machine."""
+        return 0 if self._objects is None else self._objects.pieces_ahead
+
+    def expect(self, wanted: Iterable[tuple[Chunk, int, int]]) -> None:
+        """Begin to fetch what will be read of remote chunks: (chunk, first byte of its elements,
+        bytes), and what it takes to place them. Where they are not placed yet this is a guess."""
+        if self._objects is not None:
+            self._objects.expect(found for part in wanted for found in self._likely(*part))
+
+    def _likely(self, chunk: Chunk, start: int, nbytes: int) -> Iterator[tuple[str, int, int]]:
+        span = chunk.span
+        placed = self._placed.get(span)
+        if not is_url(span.path):
+            return
+        if placed is not None:
+            yield span.path, placed.offset + start, nbytes
+            return
+        if span.kind != "raw":
+            yield span.path, span.offset, GUESS
+        if span.kind == "torch_zip":
+            yield span.path, span.offset + span.nbytes - GUESS, GUESS
+        if nbytes:
+            yield span.path, span.offset + span.skip + start, nbytes + GUESS
 
     def read(self, path: str, offset: int, nbytes: int) -> bytes:
         """The bytes [offset, offset + nbytes) of `path`. Raises ReadFault if it cannot."""
@@ -109,6 +163,22 @@ class Storage:
     def close(self) -> None:
         """Close every file, those of reads in progress when they end; later reads are refused."""
         self._files.close()
+        if self._objects is not None:
+            self._objects.close()
+
+
+def regular_file(path: str | Path) -> tuple[FileIdentity | None, str | None]:
+    """Identity of the regular file at `path`, or why there is none: one of the two is None."""
+    if is_url(str(path)):
+        from mcorefs.remote.path import identity_of
+
+        return identity_of(path)
+    return local_file(str(path))
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has the name `path`, be it a link that leads nowhere."""
+    return path.exists() if is_url(str(path)) else os.path.lexists(path)
 
 
 def is_file_name(name: str) -> bool:

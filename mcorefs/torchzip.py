@@ -30,7 +30,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _ALL_ONES16, _ALL_ONES32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 """Flags of a record: its sizes follow it; its name is UTF-8. No other is ever set."""
-_GUESS = 2048
+GUESS = 2048
 """Head and tail of an archive of one tensor: two reads of this size find everything."""
 _TWINS = 4
 """Kinds of archives remembered for each size."""
@@ -64,7 +64,7 @@ def records(
     Raises CheckpointError where it is not a well-formed archive of stored members, or has a
     directory of more than `most` bytes.
     """
-    tail_start = max(0, nbytes - _GUESS)
+    tail_start = max(0, nbytes - GUESS)
     tail = _read(pread, tail_start, nbytes - tail_start, nbytes, what)
     count, size, start = _find_directory(tail, nbytes, what)
     if size > most:
@@ -241,7 +241,7 @@ class Locator:
 
         Reads the head and the tail of the archive, never the data. Raises CheckpointError.
         """
-        count = min(_GUESS, nbytes)
+        count = min(GUESS, nbytes)
         head = _read(pread, 0, count, nbytes, what)
         tail = _read(pread, nbytes - count, count, nbytes, what)
         twins = self._twins.get(nbytes, ())
