@@ -9,7 +9,6 @@ must be what their headers say.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,7 +150,7 @@ def _files(directory: Path, problems: list[str]) -> Iterator[tuple[str, tuple[st
         if is_run and name in (TRACKER, TRAIN_STATE):
             continue
         try:
-            path = str(resolved(directory / name))
+            path = resolved(directory / name)
         except (CheckpointError, OSError) as problem:
             problems.append(str(problem))
             continue
@@ -159,13 +158,12 @@ def _files(directory: Path, problems: list[str]) -> Iterator[tuple[str, tuple[st
         if identity is None:
             problems.append(f"{directory / name}: {why}")
         else:
-            yield name, (path, identity)
+            yield name, (str(path), identity)
 
 
 def _names(directory: Path, prefix: str, depth: int, problems: list[str]) -> Iterator[str]:
     try:
-        with os.scandir(directory) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
+        ordered = sorted(directory.iterdir(), key=lambda entry: entry.name)
     except OSError as problem:
         problems.append(f"{directory} cannot be listed: {problem.strerror}")
         return

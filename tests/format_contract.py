@@ -14,15 +14,17 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from mcorefs.errors import CheckpointError, McorefsError, ReadFault
 from mcorefs.files import read_all
 from mcorefs.formats import FORMATS, NAMES, Checkpoint, detect, matching
-from mcorefs.inspection import inspect
+from mcorefs.inspection import Inspection, inspect
 from mcorefs.locate import TRACKER
 from mcorefs.model import Options
+from mcorefs.remote import parse_path
 from mcorefs.storage import Storage
 from mcorefs.tree import Opened, open_tree
 from mcorefs.verify import checksums
@@ -47,6 +49,12 @@ class Case:
     fixture: Fixture
     root: Path
     file_name: str
+    url: str = ""
+    """What makes a URL of the path of a file: the checkpoint is read there, and damaged here."""
+
+    def at(self, path: Path) -> Path:
+        """How mcorefs is to reach `path`."""
+        return parse_path(f"{self.url}{path}") if self.url else path
 
     @property
     def iteration(self) -> Path:
@@ -60,16 +68,20 @@ class Case:
         )
 
     def index(self) -> Checkpoint:
-        format_ = detect(self.iteration)
+        iteration = self.at(self.iteration)
+        format_ = detect(iteration)
         assert format_ is not None
-        return format_.index(self.iteration)
+        return format_.index(iteration)
 
     def shards(self) -> list[Path]:
         """The files that hold weights."""
-        return sorted(map(Path, self.index().files))
+        return sorted(Path(name.removeprefix(self.url)) for name in self.index().files)
 
     def open(self, path: Path | None = None) -> Opened:
-        return open_tree(path or self.root, self.options)
+        return open_tree(self.at(path or self.root), self.options)
+
+    def inspect(self) -> Inspection:
+        return inspect(self.at(self.root), self.options)
 
     def expected(self) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in self.fixture.hf.glob("*.safetensors*")}
@@ -85,8 +97,7 @@ def outcome(case: Case) -> str:
     try:
         opened = case.open()
     except McorefsError as error:
-        found = inspect(case.root, case.options)
-        assert found.problems
+        assert case.inspect().problems
         return str(error)
     faults = []
     expected = case.expected()
@@ -100,7 +111,10 @@ def outcome(case: Case) -> str:
 
 
 class FormatContract:
-    """One class for all formats: subclass it once, in a test module."""
+    """One class for all formats: subclass it once for each way to reach files."""
+
+    URL: ClassVar[str] = ""
+    """See `Case.url`."""
 
     @pytest.fixture(scope="class")
     @staticmethod
@@ -108,11 +122,12 @@ class FormatContract:
         return ensure([fixture for fixture, _ in CONTRACTED.values()])
 
     @pytest.fixture(params=CONTRACTED)
-    @staticmethod
-    def case(request: pytest.FixtureRequest, fixtures: dict[str, Fixture], tmp_path: Path) -> Case:
+    def case(
+        self, request: pytest.FixtureRequest, fixtures: dict[str, Fixture], tmp_path: Path
+    ) -> Case:
         name, file_name = CONTRACTED[request.param]
         root = Path(shutil.copytree(fixtures[name].root, tmp_path / "run"))
-        return Case(fixtures[name], root, file_name)
+        return Case(fixtures[name], root, file_name, self.URL)
 
     def test_every_format_is_here(self) -> None:
         fixtures = ensure([fixture for fixture, _ in CONTRACTED.values()])
@@ -122,12 +137,14 @@ class FormatContract:
     # -- whole checkpoints ------------------------------------------------------------------------
 
     def test_it_is_no_other_format(self, case: Case) -> None:
-        (format_,) = matching(case.iteration)
+        iteration = case.at(case.iteration)
+        (format_,) = matching(iteration)
         assert format_.name in NAMES
-        assert detect(case.iteration, format_.name) is format_
-        assert matching(case.root) == []
+        assert detect(iteration, format_.name) is format_
+        assert matching(case.at(case.root)) == []
         for file in case.shards():
-            assert matching(file.parent if file.parent != case.iteration else file) == []
+            inside = file.parent if file.parent != case.iteration else file
+            assert matching(case.at(inside)) == []
 
     def test_it_serves_what_save_pretrained_wrote(self, case: Case) -> None:
         for path in (case.root, case.iteration, case.root.parent):
@@ -159,12 +176,12 @@ class FormatContract:
     def test_a_later_save_is_not_taken(self, case: Case) -> None:
         later = Path(shutil.copytree(case.iteration, case.root / "iter_0000900"))
         found = case.open().source.location
-        assert (found.path, found.incomplete) == (case.iteration, [later.name])
+        assert (found.path, found.incomplete) == (case.at(case.iteration), [later.name])
         shutil.rmtree(later)
         later.mkdir()
         for part in list(case.iteration.iterdir())[:1]:  # as far as it came
             (shutil.copytree if part.is_dir() else shutil.copy)(part, later / part.name)
-        assert case.open().source.location.path == case.iteration
+        assert case.open().source.location.path == case.at(case.iteration)
 
     # -- damaged checkpoints ----------------------------------------------------------------------
 
@@ -238,7 +255,7 @@ class FormatContract:
         storage = Storage(case.index().files)
         placed = storage.place(tensor.chunks[0], tensor.dtype)
         storage.close()
-        with open(placed.path, "r+b") as file:
+        with open(placed.path.removeprefix(case.url), "r+b") as file:
             file.seek(placed.offset)
             (byte,) = file.read(1)
             file.seek(placed.offset)
@@ -248,9 +265,9 @@ class FormatContract:
         assert difference.name == fqn or Path(placed.path).parent != case.iteration
 
     def test_what_inspect_says_is_json(self, case: Case) -> None:
-        assert json.loads(json.dumps(inspect(case.root, case.options).to_json()))["problems"] == []
+        assert json.loads(json.dumps(case.inspect().to_json()))["problems"] == []
         case.shards()[0].unlink()
-        assert json.loads(json.dumps(inspect(case.root, case.options).to_json()))["problems"]
+        assert json.loads(json.dumps(case.inspect().to_json()))["problems"]
 
 
 def name_of(shard: Path, case: Case) -> str:

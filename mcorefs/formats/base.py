@@ -7,21 +7,29 @@ A format is one file in this folder that implements `Format`, and one line in
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
-from mcorefs.errors import CheckpointError
+from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.index import StoredTensor
-from mcorefs.storage import FileIdentity
+from mcorefs.remote import is_url
+from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import Pread
 from mcorefs.unpickle import Attributes, plain
 
 MAX_SHOWN = 50
 """Problems listed one by one before the rest are only counted."""
+REMOTE_READERS = 32
+"""Remote files looked at side by side, which costs little but waiting."""
+REMOTE_BLOCK = 256 << 10
+"""Bytes fetched at once of a remote file of which only the ends of archives are read."""
 
+T = TypeVar("T")
+R = TypeVar("R")
 
 WeightsFrom = Literal["model", "optimizer"]
 """Which weights: the model's own, or the main parameters that its optimizer keeps in float32."""
@@ -106,9 +114,23 @@ def training_args(state: object, source: str) -> tuple[Mapping[str, object], str
         raise CheckpointError(f"{source}: {problem}") from None
 
 
+def side_by_side(path: Path, read: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`read` of each item, in their order; where they lie at a remote `path`, many at a time."""
+    if not is_url(str(path)):
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(REMOTE_READERS) as pool:
+        return list(pool.map(read, items))
+
+
 @contextmanager
-def reading(path: str, offset: int = 0) -> Iterator[Pread]:
-    """`pread` on the file at `path`, counted from `offset`; it raises where it comes short."""
+def reading(path: str, offset: int = 0, identity: FileIdentity | None = None) -> Iterator[Pread]:
+    """`pread` on the file at `path`, counted from `offset`; it raises where it comes short.
+
+    `identity` is what it is known to be; a remote file is asked for it otherwise.
+    """
+    if is_url(path):
+        yield _reading_remote(path, offset, identity)
+        return
     try:
         # O_NONBLOCK: a FIFO must not wait for a writer; then reading it fails.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -130,3 +152,23 @@ def reading(path: str, offset: int = 0) -> Iterator[Pread]:
         yield pread
     finally:
         os.close(fd)
+
+
+def _reading_remote(path: str, offset: int, identity: FileIdentity | None) -> Pread:
+    from mcorefs.remote.objects import Objects
+
+    if identity is None:
+        identity, why = regular_file(path)
+        if identity is None:
+            raise CheckpointError(f"{path}: {why}")
+    objects = Objects({path: identity}, block_bytes=REMOTE_BLOCK)
+
+    def pread(start: int, count: int) -> bytes:
+        out = bytearray(count)
+        try:
+            objects.read_into(path, offset + start, memoryview(out))
+        except ReadFault as fault:
+            raise CheckpointError(str(fault)) from None
+        return bytes(out)
+
+    return pread

@@ -25,7 +25,7 @@ from mcorefs.formats.base import WeightsFrom, reading, training_args
 from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
-from mcorefs.storage import FileIdentity, is_file_name, regular_file
+from mcorefs.storage import FileIdentity, is_file_name, is_there, regular_file
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
     Inert,
@@ -139,7 +139,7 @@ def sharded_backend(path: Path) -> str | None:
     """The backend that `metadata.json` in `path` names: None without such a file, "" where it
     cannot be read (Megatron-LM:megatron/core/dist_checkpointing/core.py)."""
     file = path / "metadata.json"
-    if not os.path.lexists(file):
+    if not is_there(file):
         return None
     if not is_file(file):
         return ""
@@ -241,7 +241,7 @@ class StorageTable:
         """The files of all spans asked for; each missing or short one is added to `problems`."""
         files: dict[str, FileIdentity] = {}
         for path, end in sorted(self._ends.items()):
-            identity, why = regular_file(path)
+            identity, why = regular_file(self.root / os.path.basename(path))
             if identity is None:
                 problems.append(f"shard file {path}: {why}")
             elif identity.size < end:
@@ -310,7 +310,7 @@ def read_args(
 def common_file(path: Path) -> tuple[object, str] | None:
     """What `common.pt` in `path` holds, and its name; None without such a file."""
     common = path / "common.pt"
-    if not os.path.lexists(common):
+    if not is_there(common):
         return None
     return load_range(str(common), 0, common.lstat().st_size), str(common)
 
@@ -327,7 +327,7 @@ def load_range(path: str, offset: int, nbytes: int) -> object:
         raise CheckpointError(
             f"{path} is cut short: it has {identity.size} bytes, {offset + nbytes} are needed"
         )
-    with reading(path, offset) as pread:
+    with reading(path, offset, identity) as pread:
         return load_object(pread, nbytes, path)
 
 

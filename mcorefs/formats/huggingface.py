@@ -11,22 +11,27 @@ A safetensors file is the length of its header (u64), the header (JSON), the dat
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs.boxes import Box
 from mcorefs.dtypes import BY_NAME
 from mcorefs.errors import CheckpointError
-from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
+from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal, side_by_side
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.remote import is_url
 from mcorefs.storage import FileIdentity, is_file_name, regular_file
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
 _MAX_INDEX = 1 << 28
 """Bytes of an index that are read: a model of a million tensors needs 100 MB."""
+_MAX_HEADER = 100_000_000
+"""The library's own limit."""
 
 Resolve = Callable[[Path], Path]
 """Where the file at a path really lies. Raises CheckpointError where it may not be followed."""
@@ -109,17 +114,22 @@ def read_weights(directory: Path, problems: list[str], resolve: Resolve) -> Weig
     unknown: dict[str, str] = {}
     files: dict[str, FileIdentity] = {}
     ghosts: list[str] = []
-    for name, promised in sorted(named.items()):
-        held: dict[str, StoredTensor | str] = {}
+
+    def look(name: str) -> tuple[Path, FileIdentity, Mapping[str, StoredTensor | str]] | str:
         try:
             path = resolve(directory / name)
-            identity, why = regular_file(str(path))
-            if identity is None:
-                raise CheckpointError(f"{path}: {why}")
-            held.update(_header(path))
+            identity, why = regular_file(path)
+            return f"{path}: {why}" if identity is None else (path, identity, dict(_header(path)))
         except (CheckpointError, OSError) as problem:
-            problems.append(str(problem))
+            return str(problem)
+
+    ordered = sorted(named.items())
+    looked = side_by_side(directory, look, [name for name, _ in ordered])
+    for (name, promised), seen in zip(ordered, looked, strict=True):
+        if isinstance(seen, str):
+            problems.append(seen)
             continue
+        path, identity, held = seen
         files[str(path)] = identity
         if missing := sorted(promised - held.keys()):
             more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
@@ -162,7 +172,7 @@ def _bin_files(directory: Path, problems: list[str]) -> dict[str, FileIdentity]:
     files: dict[str, FileIdentity] = {}
     for name in sorted(named):
         try:
-            path = str(resolved(directory / name))
+            path = resolved(directory / name)
         except CheckpointError as problem:
             problems.append(str(problem))
             continue
@@ -170,8 +180,33 @@ def _bin_files(directory: Path, problems: list[str]) -> dict[str, FileIdentity]:
         if identity is None:
             problems.append(f"{path}: {why}")
         else:
-            files[path] = identity
+            files[str(path)] = identity
     return files
+
+
+@contextmanager
+def _local(path: Path) -> Iterator[str]:
+    """A local file with the header and the size of the one at `path`: that itself, if it is one.
+
+    Raises OSError or ValueError.
+    """
+    if not is_url(str(path)):
+        yield str(path)
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if length > _MAX_HEADER:
+            raise ValueError(f"its header has {length} bytes")
+        head += file.read(length)
+    hollow = os.memfd_create("safetensors", os.MFD_CLOEXEC)
+    try:
+        os.write(hollow, head)
+        os.truncate(hollow, size)
+        yield f"/proc/self/fd/{hollow}"
+    finally:
+        os.close(hollow)
 
 
 def _header(path: Path) -> Iterator[tuple[str, StoredTensor | str]]:
@@ -180,8 +215,8 @@ def _header(path: Path) -> Iterator[tuple[str, StoredTensor | str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="np"):  # reads and validates the header, no data
-            pass
+        with _local(path) as local, safe_open(local, framework="np"):
+            pass  # it reads and validates the header, no data
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))

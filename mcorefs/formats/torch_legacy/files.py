@@ -63,12 +63,12 @@ def read(directory: Path, numbers: tuple[int, ...], problems: list[str]) -> Rank
     None, with what is wrong added to `problems`, if it cannot be used.
     """
     path = str(directory / FILE)
-    identity, why = regular_file(path)
+    identity, why = regular_file(directory / FILE)
     if identity is None:
         problems.append(f"{path}: {why}")
         return None
     try:
-        with reading(path) as pread:
+        with reading(path, identity=identity) as pread:
             _refuse_old_container(pread(0, min(2, identity.size)), path)
             state, records = load(pread, identity.size, path)
         args, source = training_args(state, path)

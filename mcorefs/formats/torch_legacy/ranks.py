@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mcorefs.formats.base import side_by_side
 from mcorefs.formats.torch_legacy.files import FILE, RankFile, directories, read
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -50,9 +51,12 @@ class Ranks:
 
 def arrange(path: Path, problems: list[str]) -> Ranks | None:
     """The ranks in `path`; None, with everything that is wrong in `problems`."""
+    named = list(directories(path))
+    looked = side_by_side(path, _look, named)
+    problems.extend(problem for _, wrong in looked for problem in wrong)
     found = [
-        (numbers, directory.name, read(directory, numbers, problems))
-        for directory, numbers in directories(path)
+        (numbers, directory.name, file)
+        for (directory, numbers), (file, _) in zip(named, looked, strict=True)
     ]
     files = [file for _, _, file in found if file is not None]
     if not files:
@@ -85,6 +89,11 @@ def arrange(path: Path, problems: list[str]) -> Ranks | None:
         if has_experts:
             experts.setdefault((place[0] % etp, place[1], place[2]), file)
     return Ranks(files, args, tp, pp, ep, etp, len(files[0].stages), dense, experts, ordered)
+
+
+def _look(named: tuple[Path, tuple[int, ...]]) -> tuple[RankFile | None, list[str]]:
+    wrong: list[str] = []
+    return read(*named, wrong), wrong
 
 
 def _check_one_save(files: Sequence[RankFile], problems: list[str]) -> None:
