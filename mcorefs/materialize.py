@@ -21,6 +21,7 @@ from pathlib import Path
 from mcorefs.errors import McorefsError, OutputError
 from mcorefs.files import BytesFile, VirtualFile, read_all
 from mcorefs.reader import SafetensorsFile
+from mcorefs.remote.ahead import AheadFile
 from mcorefs.tree import VirtualTree
 
 PARTIAL = ".mcorefs-partial"
@@ -148,8 +149,10 @@ def fingerprint(tree: VirtualTree) -> str:
         digest.update(f"\0{name}\0{file.size}\0".encode())
         if isinstance(file, BytesFile):
             digest.update(file.data)
-        elif isinstance(file, SafetensorsFile):
-            digest.update(file.layout.header)
+            continue
+        made = file.file if isinstance(file, AheadFile) else file
+        if isinstance(made, SafetensorsFile):
+            digest.update(made.layout.header)
     return digest.hexdigest()
 
 

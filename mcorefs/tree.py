@@ -17,6 +17,7 @@ from mcorefs.memory import cache_budget
 from mcorefs.model import Model, Options, load_at
 from mcorefs.passthrough import Passthrough
 from mcorefs.reader import Reader, SafetensorsFile
+from mcorefs.remote.ahead import PIECE, AheadFile, ReadAhead
 from mcorefs.storage import FileIdentity, Storage
 
 Source = Model | Passthrough
@@ -71,9 +72,10 @@ def build(source: Source, shard_size: int | str, cache_bytes: int) -> tuple[Virt
     """The tree of `source`, and the reader behind it. Reads no tensor data."""
     if isinstance(source, Passthrough):
         identities = dict(source.files.values())
-        storage = Storage(identities)
-        return _tree(source.serve(storage), identities), Reader(storage, cache_bytes)
-    storage = Storage(source.checkpoint.files)
+        storage, cache_bytes = _storage(identities, cache_bytes)
+        served = _ahead(source.serve(storage), storage)
+        return _tree(served, identities), Reader(storage, cache_bytes)
+    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes)
     reader = Reader(storage, cache_bytes)
     layouts, index = lay_out(source.tensors, shard_size)
     files: dict[str, VirtualFile] = {
@@ -86,13 +88,34 @@ def build(source: Source, shard_size: int | str, cache_bytes: int) -> tuple[Virt
         files[name] = SafetensorsFile(layout, reader)
     if index is not None:
         files[INDEX] = BytesFile(index)
-    return _tree(files, source.checkpoint.files), reader
+    return _tree(_ahead(files, storage), source.checkpoint.files), reader
+
+
+def _storage(files: Mapping[str, FileIdentity], cache_bytes: int) -> tuple[Storage, int]:
+    """(what reads `files`, bytes for the tile cache): of remote files half of it is for blocks, and
+    some for what is read ahead of readers."""
+    storage = Storage(files, remote_bytes=cache_bytes // 2)
+    if not storage.is_remote:
+        return storage, cache_bytes
+    return storage, cache_bytes - cache_bytes // 2 - storage.pieces_ahead * PIECE
+
+
+def _ahead(files: dict[str, VirtualFile], storage: Storage) -> dict[str, VirtualFile]:
+    """`files`, in which readers are read ahead of where that is worth it."""
+    if not storage.pieces_ahead:
+        return files
+    ahead = ReadAhead(storage.pieces_ahead)
+    return {
+        name: file if isinstance(file, BytesFile) else AheadFile(file, ahead)
+        for name, file in files.items()
+    }
 
 
 def _tree(files: Mapping[str, VirtualFile], real: Mapping[str, FileIdentity]) -> VirtualTree:
     """`files`, which are made of the bytes of `real` files."""
     mtime_ns = max(identity.mtime_ns for identity in real.values())
     source = "".join(
-        f"{path} {identity.size} {identity.mtime_ns}\n" for path, identity in sorted(real.items())
+        f"{path} {identity.size} {identity.mtime_ns} {identity.version}".rstrip() + "\n"
+        for path, identity in sorted(real.items())
     )
     return VirtualTree(dict(sorted(files.items())), mtime_ns, source)

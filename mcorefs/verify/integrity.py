@@ -21,7 +21,10 @@ from pathlib import Path
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import refusal
-from mcorefs.storage import FileIdentity, is_file_name, regular_file
+from mcorefs.passthrough import StoredFile
+from mcorefs.remote import is_url
+from mcorefs.remote.ahead import AheadFile, ReadAhead
+from mcorefs.storage import FileIdentity, Storage, is_file_name, is_there, regular_file
 from mcorefs.verify.findings import PIECE, Difference, Findings, OnProgress, threads
 
 MANIFEST = "integrity.json"
@@ -38,9 +41,9 @@ def read_manifest(directory: Path) -> Mapping[str, str] | None:
     Raises CheckpointError with everything that is wrong with it.
     """
     path = directory / MANIFEST
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
-    identity, why = regular_file(str(path))
+    identity, why = regular_file(path)
     if identity is None or identity.size > _MAX_MANIFEST:
         raise CheckpointError(f"{path} {why or 'is too large'}")
     try:
@@ -77,7 +80,7 @@ def check(
     differences: list[Difference] = []
     sizes: dict[str, int] = {}
     for name in digests:
-        identity, why = regular_file(str(directory / name))
+        identity, why = regular_file(directory / name)
         if identity is None:
             missing = why == os.strerror(2)
             problem = f"is missing, but {MANIFEST} lists it" if missing else (why or "")
@@ -112,7 +115,7 @@ def check(
 
 def total_bytes(directory: Path, digests: Mapping[str, str]) -> int:
     """Bytes that `check` will read."""
-    identities = (regular_file(str(directory / name))[0] for name in digests)
+    identities = (regular_file(directory / name)[0] for name in digests)
     return sum(identity.size for identity in identities if identity is not None)
 
 
@@ -146,6 +149,8 @@ def _sha256(path: Path, on_progress: OnProgress) -> str:
     """The digest of a regular file that nobody changes meanwhile. Raises OSError."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(PIECE))
+    if is_url(str(path)):
+        return _sha256_remote(path, buffer, on_progress)
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(fd, "rb", buffering=0) as file:
         before = os.fstat(fd)
@@ -156,4 +161,20 @@ def _sha256(path: Path, on_progress: OnProgress) -> str:
             on_progress(count)
         if FileIdentity.of(before) != FileIdentity.of(os.fstat(fd)):
             raise CheckpointError("was written to while it was read")
+    return digest.hexdigest()
+
+
+def _sha256_remote(path: Path, buffer: memoryview, on_progress: OnProgress) -> str:
+    identity, why = regular_file(path)
+    if identity is None:
+        raise CheckpointError(why or "is not there any more")
+    digest = hashlib.sha256()
+    storage = Storage({str(path): identity})
+    file = AheadFile(StoredFile(str(path), identity.size, storage), ReadAhead(storage.pieces_ahead))
+    for start in range(0, identity.size, len(buffer)):
+        part = buffer[: min(len(buffer), identity.size - start)]
+        file.read_into(start, part)
+        digest.update(part)
+        on_progress(len(part))
+    storage.close()
     return digest.hexdigest()
