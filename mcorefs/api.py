@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from os import PathLike, fspath
-from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +16,7 @@ from mcorefs.files import VirtualFile
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.model import Options, parse_adapter
 from mcorefs.reader import Reader
+from mcorefs.remote import parse_path
 from mcorefs.tree import open_tree
 from mcorefs.views import Array
 
@@ -60,8 +60,8 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         format=format,
         family=family,
         task=task,
-        hf_config=None if hf_config is None else Path(hf_config),
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        hf_config=None if hf_config is None else parse_path(fspath(hf_config)),
+        tokenizer=None if tokenizer is None else parse_path(fspath(tokenizer)),
         vocab_size=vocab_size,
         dtype=dtype,
         weights=weights,
@@ -70,7 +70,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         shard_size=shard_size,
         cache_bytes=cache_size,
     )
-    opened = open_tree(Path(path), options)
+    opened = open_tree(parse_path(fspath(path)), options)
     source = opened.source
     return Checkpoint(
         framework,

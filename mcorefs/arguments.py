@@ -11,6 +11,7 @@ from mcorefs import wording
 from mcorefs.formats import NAMES
 from mcorefs.mapping.heads import TASKS
 from mcorefs.model import DTYPES, WEIGHTS
+from mcorefs.remote import parse_path
 
 
 def _bytes(text: str) -> int:
@@ -20,7 +21,14 @@ def _bytes(text: str) -> int:
         raise typer.BadParameter(str(error)) from None
 
 
-Ckpt = Annotated[Path, typer.Argument(metavar="CKPT", help="The Megatron checkpoint.")]
+Ckpt = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        parser=parse_path,
+        help="The Megatron checkpoint: a directory, or its URL (s3://, gs://, https://, ...).",
+    ),
+]
 Iteration = Annotated[
     int | None,
     typer.Option(
@@ -53,14 +61,18 @@ HfConfig = Annotated[
     typer.Option(
         "--hf-config",
         metavar="DIR",
-        help="A local Hugging Face directory of the same architecture (weights not needed): fills "
-        "what Megatron does not record. Any contradiction is an error.",
+        parser=parse_path,
+        help="A Hugging Face directory (or its URL) of the same architecture (weights not needed): "
+        "fills what Megatron does not record. Any contradiction is an error.",
     ),
 ]
 TokenizerPath = Annotated[
     Path | None,
     typer.Option(
-        "--tokenizer", metavar="DIR|FILE", help="The tokenizer, if the checkpoint has none."
+        "--tokenizer",
+        metavar="DIR|FILE",
+        parser=parse_path,
+        help="The tokenizer, if the checkpoint has none.",
     ),
 ]
 RequireTokenizer = Annotated[

@@ -22,6 +22,7 @@ from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
+from mcorefs.remote import is_url, parse_path
 from mcorefs.sources import Adapted, read_sources
 from mcorefs.trainers import Companions
 from mcorefs.views import View
@@ -42,7 +43,7 @@ class Options:
     task: str | None = None
     """What it was trained for, one of TASKS; None: what the trainer says, or generating text."""
     hf_config: Path | None = None
-    """A local Hugging Face model directory: config keys, tokenizer, generation config."""
+    """A Hugging Face model directory: config keys, tokenizer, generation config."""
     tokenizer: Path | None = None
     """A tokenizer directory or file."""
     require_tokenizer: bool = False
@@ -189,15 +190,15 @@ def _merged(
 def parse_adapter(text: str) -> tuple[Path, float | None]:
     """A path, or a path and the scale behind a colon. Raises ValueError if that is no number."""
     before, colon, behind = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), None
+    if "/" in behind if is_url(text) else not colon or Path(text).exists():
+        return parse_path(text), None
     try:
         scale = float(behind)
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):
         raise ValueError(f"{text}: there is no such path, and {behind!r} is no scale")
-    return Path(before), scale
+    return parse_path(before), scale
 
 
 def _reference(options: Options, beside: Companions) -> Reference:

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -23,6 +24,7 @@ import mcorefs
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.files import read_all
 from mcorefs.model import Model, Options, load, parse_adapter
+from mcorefs.remote import parse_path
 from mcorefs.tree import build, open_tree
 from tests.checkpoints import ADAPTED, Fixture, Spec, ensure
 from tests.checkpoints.lora import scale_of
@@ -340,6 +342,34 @@ def test_paths_with_a_scale(
 def test_scales_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match="is no scale"):
         parse_adapter(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "scale"),
+    [
+        ("s3://bucket/run", "s3://bucket/run", None),
+        ("s3://bucket/run:0.5", "s3://bucket/run", 0.5),
+        ("memory://run", "memory://run", None),
+        ("memory://run:2", "memory://run", 2.0),
+    ],
+)
+def test_an_adapter_may_be_a_url(text: str, path: str, scale: float | None) -> None:
+    assert parse_adapter(text) == (parse_path(path), scale)
+
+
+def test_base_and_adapter_by_url(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    name = "swift-qwen3_moe-tp2-pp2-ep2-only"
+    fixture, base = fixtures[name], fixtures[f"{name}-base"]
+    adapter, memory = saved(fixture, tmp_path), fsspec.filesystem("memory")
+    memory.put(str(base.root), "/adapters/base", recursive=True)
+    memory.put(str(adapter), "/adapters/lora", recursive=True)
+    given = options(fixture, parse_path("memory://adapters/lora"))
+    model = load(parse_path("memory://adapters/base"), given)
+    assert_merged(model, fixture)
+    places = {path.split("/")[3] for path in model.checkpoint.files}
+    assert places == {"base", "lora"}
+    with pytest.raises(CheckpointError, match=r"/adapters/lora/.* holds only a LoRA adapter"):
+        load(parse_path("memory://adapters/lora"), options(fixture))
 
 
 # -- reading -----------------------------------------------------------------------------------
