@@ -7,9 +7,9 @@ because Python's unpickler does not survive some of them.
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
+from pathlib import Path
 
 from mcorefs.errors import CheckpointError
 from mcorefs.unpickle import describe, loads, plain
@@ -105,6 +105,13 @@ def read(data: bytes, *, refused: bool) -> None:
         plain(found)
 
 
+def peak() -> int:
+    """Bytes in use at most by this program: what getrusage says begins with its parent's."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) << 10
+
+
 def main() -> None:
     for name, body in {**REFUSED, **READ}.items():
         sys.stdout.write(f"{name}\n")
@@ -112,7 +119,7 @@ def main() -> None:
         start = time.process_time()
         read(pickled(body), refused=name in REFUSED)
         seconds = time.process_time() - start
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+        memory = peak()
         assert seconds < MAX_SECONDS, seconds
         assert memory < MAX_MEMORY, memory
     sys.stdout.write("all harmless\n")
