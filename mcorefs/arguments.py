@@ -10,13 +10,21 @@ import typer
 from mcorefs import wording
 from mcorefs.formats import NAMES
 from mcorefs.mapping.heads import TASKS
-from mcorefs.model import DTYPES, WEIGHTS
+from mcorefs.model import DTYPES, WEIGHTS, Options, parse_adapter
 from mcorefs.remote import parse_path
+from mcorefs.shares import Share
 
 
 def _bytes(text: str) -> int:
     try:
         return wording.parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _share(text: str) -> Share:
+    try:
+        return Share.parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -117,3 +125,77 @@ CacheSize = Annotated[
         "most 512MiB.",
     ),
 ]
+MaxReadRate = Annotated[
+    int | None,
+    typer.Option(
+        "--max-read-rate",
+        metavar="SIZE",
+        parser=_bytes,
+        help="Most bytes a second to read of the shards, such as 500MB: leaves the rest of the "
+        "storage to a training run.",
+    ),
+]
+Part = Annotated[
+    Share | None,
+    typer.Option(
+        "--part",
+        metavar="I/N",
+        parser=_share,
+        help="Write only the I-th of N parts, as one of N jobs (Slurm arrays, Kubernetes indexed "
+        "jobs); the last one completes OUT.",
+    ),
+]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="Write nothing but what completes OUT after its parts.")
+]
+Executor = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="ray",
+        help="Write as tasks of a Ray cluster whose nodes share CKPT and OUT.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="ADDRESS", help="That of the Ray cluster; auto: this machine's."
+    ),
+]
+
+
+def to_options(
+    iteration: int | None,
+    family: str | None,
+    hf_config: Path | None,
+    tokenizer: Path | None,
+    require_tokenizer: bool,
+    vocab_size: int | None,
+    dtype: str | None,
+    weights: str,
+    format_name: str | None,
+    adapter: str | None,
+    task: str | None,
+) -> Options:
+    path, scale = (None, None) if adapter is None else _adapter(adapter)
+    return Options(
+        iteration=iteration,
+        format=format_name,
+        family=family,
+        task=task,
+        hf_config=hf_config,
+        tokenizer=tokenizer,
+        require_tokenizer=require_tokenizer,
+        vocab_size=vocab_size,
+        dtype=dtype,
+        weights=weights,
+        adapter=path,
+        adapter_scale=scale,
+    )
+
+
+def _adapter(text: str) -> tuple[Path, float | None]:
+    try:
+        return parse_adapter(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--adapter") from None

@@ -6,37 +6,41 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from mcorefs import wording
 from mcorefs.arguments import (
     Adapter,
+    Address,
     CacheSize,
     Ckpt,
     Dtype,
+    Executor,
     FamilyName,
+    Finish,
     FormatName,
     HfConfig,
     Iteration,
+    MaxReadRate,
+    Part,
     RequireTokenizer,
     ShardSize,
     TaskName,
     TokenizerPath,
     VocabSize,
     WhichWeights,
+    to_options,
 )
+from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
-from mcorefs.model import Options, parse_adapter
 
 if TYPE_CHECKING:
-    from mcorefs.tree import Opened, Source
+    from mcorefs.shares import Share
+    from mcorefs.tree import Opened
 
 app = typer.Typer(
     name="mcorefs",
@@ -52,8 +56,6 @@ app = typer.Typer(
     epilog="Begin with `mcorefs inspect CKPT`, then `mcorefs mount CKPT MNT`. Without FUSE: "
     "`mcorefs materialize CKPT OUT`, or `mcorefs.open(CKPT)` in Python.",
 )
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -91,6 +93,7 @@ def mount(
             "`hf-mount`.",
         ),
     ] = "mcorefs",
+    max_read_rate: MaxReadRate = None,
 ) -> None:
     """Show CKPT as a Hugging Face model directory at MNT, read-only.
 
@@ -106,7 +109,7 @@ def mount(
     )
     check_fuse(allow_other)
     check_mountpoint(mnt)
-    options = _options(
+    options = to_options(
         iteration,
         family,
         hf_config,
@@ -119,17 +122,20 @@ def mount(
         adapter,
         task,
     )
-    opened = open_tree(ckpt, replace(options, shard_size=shard_size, cache_bytes=cache_size))
+    options = replace(
+        options, shard_size=shard_size, cache_bytes=cache_size, max_read_rate=max_read_rate
+    )
+    opened = open_tree(ckpt, options)
     source, tree = opened.source, opened.tree
     if foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
 
     def ready() -> None:
         files = sum(name.endswith((".safetensors", ".bin")) for name in tree.files)
-        _say(f"{wording.summary(source)} in {wording.count(files, 'file')}, at {mnt}")
-        _remarks(source)
-        _say(wording.how_to_load(mnt))
-        _say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
+        say(f"{wording.summary(source)} in {wording.count(files, 'file')}, at {mnt}")
+        remarks(source)
+        say(wording.how_to_load(mnt))
+        say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
 
     serve(lambda: tree, mnt, mount_options, on_ready=ready)
 
@@ -167,16 +173,24 @@ def materialize(
         int | None,
         typer.Option("--threads", metavar="N", min=1, help="Threads that read and write."),
     ] = None,
+    max_read_rate: MaxReadRate = None,
+    part: Part = None,
+    finish: Finish = False,
+    executor: Executor = None,
+    address: Address = None,
 ) -> None:
     """Write the same directory that a mount shows as real files to OUT.
 
     Interrupted, it goes on where it stopped when it is called again.
     """
+    from mcorefs.materialize import finish_parts
     from mcorefs.materialize import materialize as write
     from mcorefs.tree import open_tree
 
+    _check_way(part, finish, executor, address)
+
     started = time.monotonic()
-    options = _options(
+    options = to_options(
         iteration,
         family,
         hf_config,
@@ -189,19 +203,34 @@ def materialize(
         adapter,
         task,
     )
-    opened = open_tree(ckpt, replace(options, shard_size=shard_size))
+    options = replace(options, shard_size=shard_size, max_read_rate=max_read_rate)
+    opened = open_tree(ckpt, options)
     source, tree = opened.source, opened.tree
-    _remarks(source)
-    total = sum(file.size for file in tree.files.values())
-    with _progress("Writing", total) as advance:
-        written = write(tree, out_directory, threads, advance)
-    seconds = max(time.monotonic() - started, 1e-9)
-    speed = (written.total_bytes - written.resumed_bytes) / 1e9 / seconds
-    files = wording.count(written.files, "file")
-    _say(
-        f"{wording.summary(source)} written to {out_directory}: {files} in {seconds:.1f} s "
-        f"({speed:.2f} GB/s)"
-    )
+    remarks(source)
+    if finish:
+        finish_parts(tree, out_directory)
+        say(f"{wording.summary(source)} is complete in {out_directory}")
+        return
+    with progress("Writing", None if part else tree.total_bytes) as advance:
+        if executor is not None:
+            from mcorefs.materialize.on_ray import materialize_on_ray
+
+            written = materialize_on_ray(tree, ckpt, options, out_directory, address, advance)
+        else:
+            written = write(tree, out_directory, threads, advance, part)
+    for line in wording.written(written, source, out_directory, time.monotonic() - started, part):
+        say(line)
+
+
+def _check_way(part: Share | None, finish: bool, executor: str | None, address: str | None) -> None:
+    given = {"--part": part is not None, "--finish": finish, "--executor": executor is not None}
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise typer.BadParameter(f"{' and '.join(names)} exclude each other")
+    if executor not in (None, "ray"):
+        raise typer.BadParameter(f"{executor!r} is not an executor; there is only ray")
+    if address is not None and executor is None:
+        raise typer.BadParameter("--address is that of a Ray cluster: pass --executor ray too")
 
 
 @app.command()
@@ -224,7 +253,7 @@ def inspect(
     """
     from mcorefs.inspection import inspect as look
 
-    options = _options(
+    options = to_options(
         iteration,
         family,
         hf_config,
@@ -242,7 +271,7 @@ def inspect(
         out.print(json.dumps(found.to_json(), indent=2))
     else:
         for label, text in wording.inspection(found):
-            _say(f"{label:>13}  {text}")
+            say(f"{label:>13}  {text}")
     if found.problems:
         raise typer.Exit(1)
 
@@ -283,7 +312,7 @@ def verify(
     from mcorefs.verify.checks import Check, deep_checks, own_proof
 
     checks: list[Check] = []
-    options = _options(
+    options = to_options(
         iteration,
         family,
         hf_config,
@@ -306,10 +335,10 @@ def verify(
         if not (deep and location.format is HUGGINGFACE):
             checks.append(own_proof(location, weights))
     for check in checks:
-        with _progress(check.doing, check.total_bytes) as advance:
+        with progress(check.doing, check.total_bytes) as advance:
             findings = check.run(advance)
         for line in wording.findings(check, findings):
-            _say(line)
+            say(line)
         sound = sound and not findings.differences
     if not sound:
         raise typer.Exit(1)
@@ -321,13 +350,13 @@ def _compare(opened: Opened, hf_dir: Path) -> bool:
 
     source = opened.source
     total = sum(tensor.nbytes for tensor in source.tensors)
-    with _progress("Comparing", total) as advance:
+    with progress("Comparing", total) as advance:
         verdict = compare(source.tensors, source.config, opened.reader, hf_dir, advance)
     for difference in verdict.config:
-        _say(f"config.json: {difference.name} {difference.problem}")
+        say(f"config.json: {difference.name} {difference.problem}")
     for difference in verdict.differences:
-        _say(f"{difference.name} {difference.problem}")
-    _say(
+        say(f"{difference.name} {difference.problem}")
+    say(
         f"{wording.count(verdict.equal, 'tensor')} equal, {len(verdict.differences)} different "
         f"({wording.size(verdict.total_bytes)} compared)"
     )
@@ -344,74 +373,3 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("mcorefs: interrupted")
         sys.exit(130)
-
-
-# -- pieces --------------------------------------------------------------------------------------
-
-
-def _options(
-    iteration: int | None,
-    family: str | None,
-    hf_config: Path | None,
-    tokenizer: Path | None,
-    require_tokenizer: bool,
-    vocab_size: int | None,
-    dtype: str | None,
-    weights: str,
-    format_name: str | None,
-    adapter: str | None,
-    task: str | None,
-) -> Options:
-    path, scale = (None, None) if adapter is None else _adapter(adapter)
-    return Options(
-        iteration=iteration,
-        format=format_name,
-        family=family,
-        task=task,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
-        require_tokenizer=require_tokenizer,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        weights=weights,
-        adapter=path,
-        adapter_scale=scale,
-    )
-
-
-def _adapter(text: str) -> tuple[Path, float | None]:
-    try:
-        return parse_adapter(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--adapter") from None
-
-
-def _say(text: str) -> None:
-    out.print(wording.printable(text))
-
-
-def _remarks(source: Source) -> None:
-    for remark in source.remarks:
-        _say(f"  note: {remark}")
-    if not source.tokenizer.found:
-        err.print(wording.printable(wording.no_tokenizer(source)), style="bold yellow")
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, where that is a terminal; yields how to advance it by bytes."""
-    if not err.is_terminal:
-        yield lambda count: None
-        return
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("{task.description}", *columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=total or None)
-        yield lambda count: bar.advance(task, count)

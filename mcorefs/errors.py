@@ -36,9 +36,12 @@ class MappingError(McorefsError):
     """
 
     def __init__(self, summary: str, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
+        self.summary, self.problems = summary, tuple(problems)
         lines = "".join(f"\n  - {problem}" for problem in self.problems)
         super().__init__(f"{summary}{lines}")
+
+    def __reduce__(self) -> tuple[type[MappingError], tuple[str, tuple[str, ...]]]:
+        return MappingError, (self.summary, self.problems)
 
 
 class MountError(McorefsError):
@@ -58,3 +61,6 @@ class ReadFault(McorefsError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[-1])
+
+    def __reduce__(self) -> tuple[type[ReadFault], tuple[str]]:
+        return ReadFault, (str(self),)

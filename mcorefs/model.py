@@ -60,6 +60,8 @@ class Options:
     """Largest safetensors file; default as transformers 5."""
     cache_bytes: int | None = None
     """Budget of the tile cache; None: chosen from the memory there is."""
+    max_read_rate: int | None = None
+    """Most bytes a second that are read of the shards by this process; None: no limit."""
 
 
 @dataclass(frozen=True)

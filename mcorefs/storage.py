@@ -14,6 +14,7 @@ from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import Chunk, Span
 from mcorefs.local import LocalFiles, local_file
+from mcorefs.rate import NO_LIMIT, Rate
 from mcorefs.remote import is_url
 from mcorefs.torchzip import GUESS, Locator, Record, data_start
 
@@ -48,9 +49,11 @@ class Storage:
         identities: Mapping[str, FileIdentity],
         max_open: int = 512,
         remote_bytes: int = REMOTE_BYTES,
+        rate: Rate = NO_LIMIT,
     ) -> None:
         self._identities = identities
         self._files = LocalFiles(identities, max_open)
+        self._rate = rate
         self._objects: Objects | None = None
         if any(map(is_url, identities)):
             from mcorefs.remote.objects import Objects
@@ -62,6 +65,8 @@ class Storage:
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
+        if self._rate is not NO_LIMIT:
+            self._rate.wait(len(out))
         if self._objects is not None and is_url(path):
             self._objects.read_into(path, offset, out)
         else:

@@ -16,6 +16,7 @@ from mcorefs.mapping.config import dump
 from mcorefs.memory import cache_budget
 from mcorefs.model import Model, Options, load_at
 from mcorefs.passthrough import Passthrough
+from mcorefs.rate import NO_LIMIT, Rate
 from mcorefs.reader import Reader, SafetensorsFile
 from mcorefs.remote.ahead import PIECE, AheadFile, ReadAhead
 from mcorefs.storage import FileIdentity, Storage
@@ -37,6 +38,10 @@ class VirtualTree:
     source: str = ""
     """Names, sizes and times of the shard files behind it: the same text, the same bytes."""
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files.values())
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -54,7 +59,8 @@ def open_tree(path: Path, options: Options) -> Opened:
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
     source = source_at(locate(path, options.iteration, options.format), options)
-    tree, reader = build(source, options.shard_size, cache_budget(options.cache_bytes))
+    rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
+    tree, reader = build(source, options.shard_size, cache_budget(options.cache_bytes), rate)
     return Opened(source, tree, reader)
 
 
@@ -68,14 +74,16 @@ def source_at(location: Location, options: Options) -> Source:
     return passthrough.read(location, options)
 
 
-def build(source: Source, shard_size: int | str, cache_bytes: int) -> tuple[VirtualTree, Reader]:
+def build(
+    source: Source, shard_size: int | str, cache_bytes: int, rate: Rate = NO_LIMIT
+) -> tuple[VirtualTree, Reader]:
     """The tree of `source`, and the reader behind it. Reads no tensor data."""
     if isinstance(source, Passthrough):
         identities = dict(source.files.values())
-        storage, cache_bytes = _storage(identities, cache_bytes)
+        storage, cache_bytes = _storage(identities, cache_bytes, rate)
         served = _ahead(source.serve(storage), storage)
         return _tree(served, identities), Reader(storage, cache_bytes)
-    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes)
+    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes, rate)
     reader = Reader(storage, cache_bytes)
     layouts, index = lay_out(source.tensors, shard_size)
     files: dict[str, VirtualFile] = {
@@ -91,10 +99,12 @@ def build(source: Source, shard_size: int | str, cache_bytes: int) -> tuple[Virt
     return _tree(_ahead(files, storage), source.checkpoint.files), reader
 
 
-def _storage(files: Mapping[str, FileIdentity], cache_bytes: int) -> tuple[Storage, int]:
+def _storage(
+    files: Mapping[str, FileIdentity], cache_bytes: int, rate: Rate
+) -> tuple[Storage, int]:
     """(what reads `files`, bytes for the tile cache): of remote files half of it is for blocks, and
     some for what is read ahead of readers."""
-    storage = Storage(files, remote_bytes=cache_bytes // 2)
+    storage = Storage(files, remote_bytes=cache_bytes // 2, rate=rate)
     if not storage.is_remote:
         return storage, cache_bytes
     return storage, cache_bytes - cache_bytes // 2 - storage.pieces_ahead * PIECE

@@ -9,7 +9,9 @@ from pathlib import Path
 from mcorefs.formats import HUGGINGFACE
 from mcorefs.formats.base import MAX_SHOWN
 from mcorefs.inspection import Inspection, LoraFound
+from mcorefs.materialize import Written
 from mcorefs.passthrough import Passthrough
+from mcorefs.shares import Share
 from mcorefs.tree import Source
 from mcorefs.verify import Findings
 from mcorefs.verify.checks import Check
@@ -58,6 +60,24 @@ def summary(source: Source) -> str:
     total = sum(tensor.nbytes for tensor in source.tensors)
     elements = sum(tensor.nbytes // tensor.dtype.itemsize for tensor in source.tensors)
     return f"{what}{parameters(elements)} parameters, {size(total)}"
+
+
+def written(
+    found: Written, source: Source, out: Path, seconds: float, share: Share | None
+) -> Iterator[str]:
+    """What `materialize` did."""
+    if share is not None and not found.files:
+        yield f"part {share.number} of {share.count} has nothing to write: there are fewer files"
+        return
+    speed = (found.total_bytes - found.resumed_bytes) / 1e9 / max(seconds, 1e-9)
+    yield (
+        f"{summary(source)} written to {out}: {count(found.files, 'file')} in {seconds:.1f} s "
+        f"({speed:.2f} GB/s)"
+    )
+    if found.missing:
+        first = found.missing[0] + (", ..." if len(found.missing) > 1 else "")
+        wanting = count(len(found.missing), "file")
+        yield f"{out} is complete when the other parts are: {wanting} still missing ({first})"
 
 
 def no_tokenizer(model: Source) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from mcorefs import materialize as module
 from mcorefs.errors import OutputError, ReadFault
 from mcorefs.files import BytesFile, VirtualFile, read_all
-from mcorefs.materialize import PARTIAL, PIECE, materialize
+from mcorefs.materialize import PARTIAL, materialize, output
+from mcorefs.materialize import writing as module
+from mcorefs.materialize.writing import PIECE
 from mcorefs.model import Options, load
 from mcorefs.tree import VirtualTree, build
 from tests.checkpoints import ensure
@@ -191,7 +192,7 @@ def test_disk_too_small(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small tmpfs")
 def test_disk_full_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SPARE", -(1 << 40))  # as if the space went away afterwards
+    monkeypatch.setattr(output, "_SPARE", -(1 << 40))  # as if the space went away afterwards
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], check=True)

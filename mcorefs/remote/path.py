@@ -166,6 +166,10 @@ class RemotePath(Path):
     def __fspath__(self) -> NoReturn:
         raise TypeError(f"{self} is no file of this machine")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Another process looks for itself."""
+        return remote_path, tuple(str(self).split("://", 1))
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and str(self) == str(other)
 
