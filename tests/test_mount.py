@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import random
+import resource
 import shutil
 import signal
 import stat
@@ -35,6 +37,7 @@ from mcorefs.mount import (
     MountOptions,
     check_fuse,
     check_mountpoint,
+    daemon,
     mounted,
     mounting,
     serve,
@@ -58,6 +61,19 @@ def _fuse_missing() -> str:
 
 
 pytestmark = pytest.mark.skipif(bool(_fuse_missing()), reason=_fuse_missing() or "-")
+
+
+def test_a_daemon_is_watched_by_any_descriptor() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    reading, writing = os.pipe()
+    high = fcntl.fcntl(reading, fcntl.F_DUPFD_CLOEXEC, 2000)  # select takes none beyond 1023
+    os.close(reading)
+    with open(high, "rb") as reports:
+        server = daemon._Server(os.getpid(), reports)
+        assert server._alive(0.05)
+        os.close(writing)
+        assert not server._alive(30)
 
 
 @dataclass(frozen=True)

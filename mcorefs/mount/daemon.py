@@ -104,7 +104,9 @@ class _Server:
     def _alive(self, patience: float) -> bool:
         """Whether it still lives after at most `patience` seconds."""
         deadline = time.monotonic() + patience
-        while select.select([self.reports], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        poll = select.poll()  # select itself takes no descriptor beyond 1023
+        poll.register(self.reports, select.POLLIN)
+        while poll.poll(1000 * max(0.0, deadline - time.monotonic())):
             if not os.read(self.reports.fileno(), 1 << 16):
                 return False
         return True
