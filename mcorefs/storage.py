@@ -171,6 +171,9 @@ class Storage:
         if self._objects is not None:
             self._objects.close()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def regular_file(path: str | Path) -> tuple[FileIdentity | None, str | None]:
     """Identity of the regular file at `path`, or why there is none: one of the two is None."""

@@ -642,6 +642,16 @@ def test_many_files_and_threads_with_few_descriptors(
     assert open_files(tmp_path) == 0
 
 
+def test_files_are_closed_when_nobody_holds_them_any_more(shard: Shard, tmp_path: Path) -> None:
+    _, tensor, array = shard
+    reader = Reader(Storage(identities(*tmp_path.iterdir())), 0)
+    assert read_range(reader, Stored(tensor), 0, 100) == array.tobytes()[:100]
+    assert open_files(tmp_path) == 1
+    del reader
+    gc.collect()
+    assert open_files(tmp_path) == 0
+
+
 def test_closing_waits_for_no_one_and_leaves_nothing_open(
     shard: Shard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
 ) -> None:
