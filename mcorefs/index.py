@@ -15,6 +15,7 @@ import numpy as np
 
 from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
+from mcorefs.encoding import Encoding
 
 MAX_DIMS = 8
 MAX_BYTES = 1 << 63
@@ -44,6 +45,8 @@ class Span:
     """raw, zip_record: bytes of data before the first element."""
     strides: Shape | None = None
     """raw, zip_record: in elements; None where the elements are row-major."""
+    encoding: Encoding | None = None
+    """raw: how [offset, offset + nbytes) is compressed, if it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +119,10 @@ def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
         return  # its archive is looked through when it is first read
     last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
     need = span.skip + (last + 1) * dtype.itemsize
-    if need > span.nbytes:
+    held = span.nbytes if span.encoding is None else span.encoding.nbytes
+    if need > held:
         raise _BadTilingError(
-            f"chunk {_show(box)} needs {need} bytes but {span.path} holds {span.nbytes} for it"
+            f"chunk {_show(box)} needs {need} bytes but {span.path} holds {held} for it"
         )
 
 

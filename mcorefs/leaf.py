@@ -30,9 +30,13 @@ class StorageLeaf:
             self.storage.expect(_wanted(tensor, box))
         filled = 0
         for chunk, part in tensor.overlapping(box):
-            placed = self.storage.place(chunk, tensor.dtype)
             where = part.relative_to(box.offsets).slices()
-            self._copy(placed, part.relative_to(chunk.box.offsets), out[where])
+            if chunk.span.encoding is None:
+                placed = self.storage.place(chunk, tensor.dtype)
+                self._copy(placed, part.relative_to(chunk.box.offsets), out[where])
+            else:
+                local = part.relative_to(chunk.box.offsets)
+                out[where] = _elements(self.storage.decoded(chunk.span), chunk, out.dtype, local)
             filled += part.volume
         if filled != box.volume:  # what is left of `out` is not data
             raise ReadFault(f"{tensor.fqn}: {box} was asked of shape {list(tensor.shape)}")
@@ -64,6 +68,18 @@ def _wanted(tensor: StoredTensor, box: Box) -> Iterator[tuple[Chunk, int, int]]:
         strides = chunk.span.strides or row_major_strides(chunk.box.sizes)
         first, stretch = _stretch(strides, part.relative_to(chunk.box.offsets))
         yield chunk, first * size, stretch * size
+
+
+def _elements(
+    decoded: bytes | bytearray, chunk: Chunk, dtype: np.dtype[np.generic], box: Box
+) -> Array:
+    """Elements `box` of a chunk that was compressed."""
+    strides = chunk.span.strides or row_major_strides(chunk.box.sizes)
+    steps = tuple(stride * dtype.itemsize for stride in strides)
+    stored = np.frombuffer(decoded, dtype, offset=chunk.span.skip)
+    whole = np.lib.stride_tricks.as_strided(stored, chunk.box.sizes, steps, writeable=False)
+    found: Array = whole[box.slices()]
+    return found
 
 
 def _stretch(strides: Shape, box: Box) -> tuple[int, int]:
@@ -117,6 +133,8 @@ def runs(storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int
     if storage.is_remote:
         storage.expect((chunk, 0, 0) for chunk, _ in tensor.overlapping(box))
     for chunk, part in tensor.overlapping(box):
+        if chunk.span.encoding is not None:
+            continue  # it leaves a gap: no run of bytes of the file is what it holds
         placed = storage.place(chunk, tensor.dtype)
         target = out[part.relative_to(box.offsets).slices()]
         local = part.relative_to(chunk.box.offsets)

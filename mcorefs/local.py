@@ -133,6 +133,9 @@ class LocalFiles:
             self._closed = True
             self._close_idle()
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
     """Identity of the regular file at `path`, or why there is none: one of the two is None."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import DType
+from mcorefs.encoding import MAX_NBYTES, EncodingError, decode
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import Chunk, Span
@@ -62,6 +65,8 @@ class Storage:
         self._locator = Locator()
         self._placed: dict[Span, Placed] = {}
         self._record_starts: dict[tuple[str, int], int] = {}
+        self._decoded: OrderedDict[Span, bytes | bytearray] = OrderedDict()
+        self._decoding = threading.Lock()
 
     def read_into(self, path: str, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes of `path` from `offset` on. Raises ReadFault if it cannot."""
@@ -108,6 +113,26 @@ class Storage:
         out = bytearray(nbytes)
         self.read_into(path, offset, memoryview(out))
         return bytes(out)
+
+    def decoded(self, span: Span) -> bytes | bytearray:
+        """What the compressed bytes of `span` stand for. Raises ReadFault if they cannot be had.
+
+        One is decoded at a time, and no more than MAX_NBYTES are kept.
+        """
+        assert span.encoding is not None
+        with self._decoding:
+            found = self._decoded.pop(span, None)
+            if found is None:
+                try:
+                    found = decode(self.read(span.path, span.offset, span.nbytes), span.encoding)
+                except EncodingError as problem:
+                    raise ReadFault(
+                        f"{span.path} cannot be decoded ({span.encoding.codec}): {problem}"
+                    ) from None
+            self._decoded[span] = found
+            while sum(map(len, self._decoded.values())) > MAX_NBYTES:
+                self._decoded.popitem(last=False)
+            return found
 
     def place(self, chunk: Chunk, dtype: DType) -> Placed:
         """Where the elements of `chunk` lie, found on first use and kept.
@@ -170,9 +195,6 @@ class Storage:
         self._files.close()
         if self._objects is not None:
             self._objects.close()
-
-    def __del__(self) -> None:
-        self.close()
 
 
 def regular_file(path: str | Path) -> tuple[FileIdentity | None, str | None]:
