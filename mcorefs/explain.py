@@ -8,6 +8,7 @@ from pathlib import Path
 from mcorefs import lightning, steps
 from mcorefs.errors import CheckpointError
 from mcorefs.formats import matching
+from mcorefs.formats.dcp import sharded_backend
 from mcorefs.tracker import TRACKER
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -78,8 +79,8 @@ def _why_incomplete(path: Path) -> str:
             "saved completely"
         )
     described, index = is_file(path / "metadata.json"), is_file(path / ".metadata")
-    if described and any(path.glob("*/.zarray")):
-        return "it is in the zarr format, which is not supported yet"
+    if zarr := _why_no_zarr(path):
+        return zarr
     if described and index:
         return "its metadata.json names no format that mcorefs reads (torch_dist, fsdp_dtensor)"
     if described:
@@ -98,6 +99,18 @@ def _why_incomplete(path: Path) -> str:
             "weights in Hugging Face safetensors beside it, but none are there"
         )
     return NOTHING
+
+
+def _why_no_zarr(path: Path) -> str | None:
+    """What is wrong with a checkpoint in the zarr format, if it is one."""
+    if sharded_backend(path) == "zarr":
+        return "its metadata.json says zarr but it has no arrays: it was not copied completely"
+    if any(path.glob("*/.zarray")):
+        return (
+            "it has zarr arrays but no metadata.json that says so, which is written last: the save "
+            "was interrupted, or it was not copied completely"
+        )
+    return None
 
 
 def explain(path: Path, below: list[Path]) -> str:

@@ -37,9 +37,12 @@ CONTRACTED: Mapping[str, tuple[str, str]] = {
     "torch, dense": ("torch-qwen3-tp2", "mp_rank_{:02d}/model_optim_rng.pt"),
     "fsdp_dtensor": ("fsdp-qwen3-tp2-dp2", "__{}_0.distcp"),
     "torch_dcp": ("dcp-qwen3-dp2", "__{}_0.distcp"),
+    "zarr": ("zarr-qwen3_moe-tp2-pp2-ep2", "decoder.final_layernorm.weight/{}"),
 }
 """A fixture of each format, and how a rank's file is called."""
 LATER_RANK = 77
+MANY = 40
+"""Files from which on not each is damaged by itself, but two of each directory."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,20 @@ class Case:
     def shards(self) -> list[Path]:
         """The files that hold weights."""
         return sorted(Path(name.removeprefix(self.url)) for name in self.index().files)
+
+    def some_shards(self) -> list[Path]:
+        """The files that hold weights, or the first and the last of each directory of many."""
+        shards = self.shards()
+        if len(shards) <= MANY:
+            return shards
+        firsts = {shard.parent: shard for shard in reversed(shards)}
+        lasts = {shard.parent: shard for shard in shards}
+        return sorted({*firsts.values(), *lasts.values()})
+
+    def is_bare(self) -> bool:
+        """Whether the files are elements and nothing else: there is no telling right from wrong."""
+        chunks = [chunk for tensor in self.index().tensors.values() for chunk in tensor.chunks]
+        return all(chunk.span.kind == "raw" for chunk in chunks)
 
     def open(self, path: Path | None = None) -> Opened:
         return open_tree(self.at(path or self.root), self.options)
@@ -186,7 +203,7 @@ class FormatContract:
     # -- damaged checkpoints ----------------------------------------------------------------------
 
     def test_each_missing_shard_is_named(self, case: Case, tmp_path: Path) -> None:
-        for shard in case.shards():
+        for shard in case.some_shards():
             shard.rename(tmp_path / "kept")
             assert name_of(shard, case) in outcome(case)
             (tmp_path / "kept").rename(shard)
@@ -198,7 +215,7 @@ class FormatContract:
 
     @pytest.mark.parametrize("how", ["empty", "half", "one byte less"])
     def test_each_truncated_shard_is_named(self, case: Case, how: str) -> None:
-        for shard in case.shards():
+        for shard in case.some_shards():
             whole = shard.read_bytes()
             length = {"empty": 0, "half": len(whole) // 2, "one byte less": len(whole) - 1}[how]
             os.truncate(shard, length)
@@ -221,6 +238,8 @@ class FormatContract:
         assert name_of(shard, case) in outcome(case)
 
     def test_a_shard_of_zeros(self, case: Case) -> None:
+        if case.is_bare():
+            return
         shard = case.shards()[0]
         shard.write_bytes(bytes(shard.stat().st_size))
         assert name_of(shard, case) in outcome(case)
@@ -250,6 +269,10 @@ class FormatContract:
             assert stale.parent.name in said
 
     def test_a_flipped_bit_is_found_by_its_checksum(self, case: Case) -> None:
+        if case.is_bare():
+            with pytest.raises(CheckpointError, match="saved without any checksum"):
+                checksums.check(case.index())
+            return
         assert checksums.check(case.index()).differences == ()
         fqn, tensor = max(case.index().tensors.items(), key=lambda item: len(item[1].chunks))
         storage = Storage(case.index().files)

@@ -198,7 +198,7 @@ def test_verify_without_a_directory(fixtures: dict[str, Fixture], tmp_path: Path
 
 
 def test_wrong_places_and_options(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
-    assert "expected one of torch_dist, torch, fsdp_dtensor, huggingface" in mcorefs(
+    assert "expected one of torch_dist, torch, fsdp_dtensor, zarr, huggingface" in mcorefs(
         "inspect", fixtures[MOE].hf, "--format", "zip", status=1
     )
     assert f"{tmp_path} is empty" in mcorefs("inspect", tmp_path, status=1)

@@ -338,10 +338,8 @@ def test_directories_that_may_not_be_read() -> None:
         (without(".metadata"), "not copied or saved completely"),
         (without(".metadata", "metadata.json"), "the save was interrupted or still goes on"),
         ({"common.pt": ""}, "holds only common.pt"),
-        (
-            {"metadata.json": '{"sharded_backend": "zarr"}', "x/.zarray": "{}"},
-            "it is in the zarr format",
-        ),
+        ({"metadata.json": '{"sharded_backend": "zarr"}'}, "says zarr but it has no arrays"),
+        ({"x/.zarray": "{}"}, "it has zarr arrays but no metadata.json that says so"),
     ],
 )
 def test_other_directories(files: Mapping[str, str], expected: str, tmp_path: Path) -> None:
@@ -352,7 +350,7 @@ def test_other_directories(files: Mapping[str, str], expected: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "7", '{"sharded_backend": "zarr"}', "[" * 100_000, "\0\0"]
+    "text", ["", "{", "[]", "null", "7", '{"sharded_backend": "tar"}', "[" * 100_000, "\0\0"]
 )
 def test_a_metadata_json_that_says_something_else(text: str, tmp_path: Path) -> None:
     make(tmp_path / "iter_0000001", {**COMPLETE, "metadata.json": text})

@@ -57,7 +57,8 @@ def test_no_limit(clock: Clock) -> None:
 
 def test_every_byte_of_the_shards_counts(clock: Clock, tmp_path: Path) -> None:
     fixture = ensure(["qwen3"])["qwen3"]
-    opened = open_tree(fixture.root, Options(vocab_size=fixture.spec.vocab_size, max_read_rate=1000))
+    options = Options(vocab_size=fixture.spec.vocab_size, max_read_rate=1000)
+    opened = open_tree(fixture.root, options)
     name = "model.safetensors"
     file = opened.tree.files[name]
     begun = clock.now

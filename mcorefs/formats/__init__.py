@@ -9,8 +9,9 @@ from mcorefs.formats.fsdp_dtensor import FsdpDtensor
 from mcorefs.formats.huggingface import HuggingFace
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.formats.torch_legacy import TorchLegacy
+from mcorefs.formats.zarr import Zarr
 
-FORMATS: tuple[Format, ...] = (TorchDist(), TorchLegacy(), FsdpDtensor())
+FORMATS: tuple[Format, ...] = (TorchDist(), TorchLegacy(), FsdpDtensor(), Zarr())
 """What training writes, in the order in which Megatron-LM looks for it."""
 HUGGINGFACE = HuggingFace()
 """What needs no conversion: read where it is asked for, or where nothing else is."""

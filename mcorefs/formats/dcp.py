@@ -72,7 +72,8 @@ def read_directory(
     skipped: Counter[str] = Counter()
     sharded_objects = 0
     for fqn, entry in entries(metadata):
-        if (kind := _kind(fqn, entry)) == "model":
+        is_object = isinstance(entry, Inert) and entry.name == BYTES
+        if (kind := kind_of(fqn, is_object)) == "model":
             model[fqn] = entry
             continue
         skipped[kind] += 1
@@ -123,14 +124,13 @@ def _no_weights(skipped: Mapping[str, int]) -> str:
     )
 
 
-def _kind(fqn: str, entry: object) -> str:
+def kind_of(fqn: str, is_object: bool) -> str:
     """Which kind of entry `fqn` is; only "model" entries are weights."""
     if _OPTIMIZER.match(fqn):
         return "optimizer"
     if "_extra_state" in fqn:
         return "_extra_state"
-    is_bytes = isinstance(entry, Inert) and entry.name == BYTES
-    if "/shard_" in fqn or is_bytes or fqn.startswith(_OBJECTS):
+    if is_object or "/shard_" in fqn or fqn.startswith(_OBJECTS):
         return "object"
     return "model"
 

@@ -29,11 +29,6 @@ from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import (
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer.fsdp_dtensor_checkpoint import (
-    handle_experts_in_state_dict,
-    handle_fp8_extra_state_case,
-    handle_swiglu_in_state_dict,
-)
 from megatron.core.transformer.module import Float16Module
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -51,6 +46,13 @@ def save_fsdp_dtensor(
     spec: Spec, model: GPTModel, hf: Path, args: Namespace, rng: StateDict, directory: Path
 ) -> None:
     """Shard the loaded `model` with Megatron-FSDP and save it. Collective."""
+    # Here, because megatron-core 0.15, which runs all else of this package too, has less of it.
+    from megatron.core.transformer.fsdp_dtensor_checkpoint import (
+        handle_experts_in_state_dict,
+        handle_fp8_extra_state_case,
+        handle_swiglu_in_state_dict,
+    )
+
     prepare_fsdp()
     config = DistributedDataParallelConfig(
         use_megatron_fsdp=True,

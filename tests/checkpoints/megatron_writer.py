@@ -159,7 +159,9 @@ def _save(spec: Spec, models: list[GPTModel], hf: Path, args: Namespace, directo
         )
         state["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 12_800}
         state["rng_state"] = _rng_state(spec)
-    strategy: Any = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=spec.writer_threads)
+    strategy: Any = ("zarr", 1)
+    if spec.format != "zarr":
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=spec.writer_threads)
     if spec.fully_parallel_save:
         strategy = FullyParallelSaveStrategyWrapper(
             strategy, parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -39,6 +39,8 @@ GENERATOR_FILES = (
     "torch_writer.py",
     "weights.py",
 )
+OLD_MEGATRON = "megatron-0.15"
+"""What writes the format `zarr`: .venv/NAME, which scripts/setup makes of scripts/NAME.txt."""
 LIBRARIES = ("megatron-core", "torch", "transformers", "tokenizers")
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
@@ -96,6 +98,13 @@ def ensure(names: Iterable[str]) -> dict[str, Fixture]:
 
 def write(fixtures: Mapping[str, Fixture]) -> None:
     """Write fixtures to their directories, which must not exist yet."""
+    old = {name: fixture for name, fixture in fixtures.items() if fixture.spec.format == "zarr"}
+    _write({name: fixture for name, fixture in fixtures.items() if name not in old}, {})
+    _write(old, {"PYTHONPATH": str(Path(sys.prefix) / OLD_MEGATRON)})
+
+
+def _write(fixtures: Mapping[str, Fixture], variables: Mapping[str, str]) -> None:
+    """Write fixtures in a process with these environment variables."""
     jobs = [
         {
             "name": name,
@@ -112,6 +121,7 @@ def write(fixtures: Mapping[str, Fixture]) -> None:
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",  # nothing here runs long enough to compile it
         **os.environ,
+        **variables,
     }
     done = subprocess.run(
         [sys.executable, "-m", f"{__package__}.launcher"],
@@ -142,6 +152,8 @@ def _digest(spec: Spec) -> str:
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
     if spec.adapter is not None:
         versions.append((REPOSITORY / "scripts/trainers.txt").read_text())
+    if spec.format == "zarr":
+        versions.append((REPOSITORY / f"scripts/{OLD_MEGATRON}.txt").read_text())
     text = json.dumps([spec.to_json(), sources, versions])
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -16,7 +16,7 @@ Common = Literal["common.pt", "common_state", "no_args"]
 """Where the non-tensor state goes: a file (core <= 0.18), an entry among the tensors (core 0.19+),
 or a file without `args` (Megatron-Bridge, verl)."""
 
-Format = Literal["torch_dist", "torch", "fsdp_dtensor", "torch_dcp"]
+Format = Literal["torch_dist", "torch", "fsdp_dtensor", "torch_dcp", "zarr"]
 Names = Literal["local", "te", "grouped_mlp"]
 """Whose parameter names a format that keeps them holds: megatron's own modules, those of
 TransformerEngine, or those with megatron's GroupedMLP for the experts."""
@@ -217,6 +217,8 @@ _FSDP = _DENSE.but(format="fsdp_dtensor", main_weights=True)
 _FSDP_MOE = _MOE.but(format="fsdp_dtensor", main_weights=True)
 _DCP = _DENSE.but(format="torch_dcp")
 _DCP_MOE = _MOE.but(format="torch_dcp")
+_ZARR = _DENSE.but(format="zarr")
+_ZARR_MOE = _MOE.but(format="zarr")
 
 SPECS: dict[str, Spec] = {
     # Dense models.
@@ -361,6 +363,9 @@ SPECS: dict[str, Spec] = {
     "dcp-qwen3-tp2-dp2": _DCP.but(tp=2, dp=2, seed=92),
     "dcp-qwen3_moe-dp2": _DCP_MOE.but(dp=2, fp32_router=False, seed=93),
     "dcp-qwen3_moe-dp3": _DCP_MOE.but(dp=3, experts=4, names="te", common="no_args", seed=94),
+    # One zarr array per tensor, by the last megatron-core that wrote them.
+    "zarr-qwen3-tp2": _ZARR.but(tp=2, vocab_size_in_args=True, optimizer_entries=True, seed=100),
+    "zarr-qwen3_moe-tp2-pp2-ep2": _ZARR_MOE.but(tp=2, pp=2, ep=2, etp=1, seed=101),
 }
 """Of every format and layout. What is a family's own is in `families`."""
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import queue
+import warnings
 from typing import Any
 
 import torch
+from megatron.core import model_parallel_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from torch import Tensor
@@ -31,6 +33,7 @@ def prepare() -> None:
     # that would be spawned for the queue, and would import everything again.
     filesystem_async._results_queue = queue.Queue()
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
+    model_parallel_config.warnings = warnings  # 0.15 uses it without importing it
     torch.nn.Parameter.type = parameter_type  # type: ignore[method-assign, assignment]
 
 
