@@ -11,17 +11,22 @@ import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import islice
 
-from mcorefs.errors import ReadFault
+from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
+from mcorefs.index import MAX_BYTES
+from mcorefs.tar import Member, member_at
 
 
 class _Handle:
-    __slots__ = ("fd", "users")
+    """An open file, or the part of one that is a file in an archive."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
+    __slots__ = ("end", "fd", "start", "users")
+
+    def __init__(self, fd: int, start: int, end: int) -> None:
+        self.fd, self.start, self.end = fd, start, end
         self.users = 0
 
 
@@ -49,7 +54,8 @@ class LocalFiles:
         handle = self._open(path)
         try:
             while done < want:
-                count = os.preadv(handle.fd, [out[done:]], offset + done)
+                at = handle.start + offset + done
+                count = os.preadv(handle.fd, [out[done : done + max(handle.end - at, 0)]], at)
                 if count == 0:
                     raise ReadFault(
                         f"{path}: wanted {want} bytes at {offset} but the file ends after {done}: "
@@ -77,35 +83,37 @@ class LocalFiles:
             handle.users -= 1
             self._close_idle()
 
-    def _taken(self, path: str, fd: int | None) -> _Handle | None:
-        """The handle of `path`, in use from now on; made of `fd` if there is none yet."""
+    def _taken(self, path: str, new: _Handle | None) -> _Handle | None:
+        """The handle of `path`, in use from now on; `new` if there is none yet."""
         with self._lock:
             handle = self._handles.get(path)
             if self._closed:
-                if fd is not None:
-                    os.close(fd)
+                if new is not None:
+                    os.close(new.fd)
                 raise ReadFault(f"{path}: the checkpoint has been closed")
             if handle is None:
-                if fd is None:
+                if new is None:
                     return None
-                handle = self._handles[path] = _Handle(fd)
-            elif fd is not None:
-                os.close(fd)  # another thread was faster
+                handle = self._handles[path] = new
+            elif new is not None:
+                os.close(new.fd)  # another thread was faster
             self._handles.move_to_end(path)
             handle.users += 1
             self._close_idle()
             return handle
 
-    def _open_checked(self, path: str) -> int:
+    def _open_checked(self, path: str) -> _Handle:
         try:
+            member = member_at(path)
+            name = path if member is None else member.archive
             # O_NONBLOCK: a FIFO put in the place of a shard must not wait for a writer.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except (OSError, ValueError) as problem:
+            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (OSError, ValueError, CheckpointError) as problem:
             raise ReadFault(
                 f"{path} cannot be opened: {problem}; it was there when the checkpoint was opened"
             ) from None
         status = os.fstat(fd)
-        expected, found = self._identities.get(path), FileIdentity.of(status)
+        expected, found = self._identities.get(path), _identity(status, member)
         if not stat.S_ISREG(status.st_mode):
             os.close(fd)
             raise ReadFault(f"{path} is not a regular file any more")
@@ -115,7 +123,7 @@ class LocalFiles:
                 f"{path} was replaced after the checkpoint was opened (size {expected.size} then, "
                 f"{found.size} now); unmount and mount again to serve the new one"
             )
-        return fd
+        return _Handle(fd, 0, MAX_BYTES) if member is None else _Handle(fd, *member.range)
 
     def _close_idle(self) -> None:
         """Close handles that are too many, those used longest ago first and none that is in use.
@@ -140,11 +148,19 @@ class LocalFiles:
 def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
     """Identity of the regular file at `path`, or why there is none: one of the two is None."""
     try:
+        if (member := member_at(path)) is not None:
+            return _identity(member.status, member), None
         status = os.lstat(path)
-    except OSError as problem:
-        return None, problem.strerror or "cannot be opened"
+    except (OSError, CheckpointError) as problem:
+        return None, getattr(problem, "strerror", None) or str(problem)
     if stat.S_ISLNK(status.st_mode):
         return None, "is a symbolic link; pass the directory that holds the files themselves"
     if not stat.S_ISREG(status.st_mode):
         return None, "is not a regular file"
     return FileIdentity.of(status), None
+
+
+def _identity(status: os.stat_result, member: Member | None) -> FileIdentity:
+    """That of a file with this status, or of the member of it: the archive's, but for its size."""
+    whole = FileIdentity.of(status)
+    return whole if member is None else replace(whole, size=member.nbytes)

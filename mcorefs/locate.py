@@ -24,10 +24,13 @@ from mcorefs.explain import (
     why_incomplete,
 )
 from mcorefs.formats import HUGGINGFACE, NAMES, Format, detect, matching
+from mcorefs.tar import archive_path
 from mcorefs.tracker import TRACKER, is_tracked, latest
 
 __all__ = ["TRACKER", "Location", "is_root", "locate"]
 
+NEMO_CONFIG = "model_config.yaml"
+"""NeMo 1's, in a .nemo archive or the directory that one was unpacked to."""
 _ITERATION = re.compile(rf"iter_([0-9]{{7,}})|{steps.STEP.pattern}")
 
 
@@ -109,8 +112,13 @@ def _locate(path: Path, iteration: int | None, name: str | None) -> Location:
     if len(below) != 1:
         raise CheckpointError(explain(path, below))
     found = _open(below[0], iteration, name)
-    remark = f"{path} is a run directory; the checkpoint in it is {below[0]}"
-    return replace(found, remarks=(remark, *found.remarks))
+    return replace(found, remarks=(_where(path, below[0]), *found.remarks))
+
+
+def _where(path: Path, place: Path) -> str:
+    if is_file(path / NEMO_CONFIG):
+        return f"the weights of {path} are in {place}"
+    return f"{path} is a run directory; the checkpoint in it is {place}"
 
 
 def _of_nemo(path: Path, chosen: Path, below: Sequence[Path], name: str | None) -> Location:
@@ -130,7 +138,7 @@ def _of_nemo(path: Path, chosen: Path, below: Sequence[Path], name: str | None) 
 
 def _absolute(path: Path) -> Path:
     """`path` as a directory that exists, with its own name if that says which iteration it is."""
-    path = path.absolute()
+    path = archive_path(path.absolute())
     try:
         if not path.exists():
             if path.is_symlink():

@@ -208,7 +208,7 @@ def regular_file(path: str | Path) -> tuple[FileIdentity | None, str | None]:
 
 def is_there(path: Path) -> bool:
     """Whether anything has the name `path`, be it a link that leads nowhere."""
-    return path.exists() if is_url(str(path)) else os.path.lexists(path)
+    return path.exists() or (not is_url(str(path)) and os.path.lexists(path))
 
 
 def is_file_name(name: str) -> bool:

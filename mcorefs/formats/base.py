@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from mcorefs.errors import CheckpointError, ReadFault
-from mcorefs.index import StoredTensor
+from mcorefs.index import MAX_BYTES, StoredTensor
 from mcorefs.remote import is_url
 from mcorefs.storage import FileIdentity, regular_file
+from mcorefs.tar import member_at, open_archive
 from mcorefs.torchzip import Pread
 from mcorefs.unpickle import Attributes, plain
 
@@ -131,15 +132,21 @@ def reading(path: str, offset: int = 0, identity: FileIdentity | None = None) ->
     if is_url(path):
         yield _reading_remote(path, offset, identity)
         return
+    first, end = 0, MAX_BYTES
     try:
-        # O_NONBLOCK: a FIFO must not wait for a writer; then reading it fails.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        if (member := member_at(path)) is not None:
+            first, end = member.range
+            fd = open_archive(member)
+        else:
+            # O_NONBLOCK: a FIFO must not wait for a writer; then reading it fails.
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
 
     def pread(start: int, count: int) -> bytes:
         try:
-            data = os.pread(fd, count, offset + start)
+            at = first + offset + start
+            data = os.pread(fd, max(min(count, end - at), 0), at)
         except (OSError, OverflowError) as problem:
             raise CheckpointError(f"{path}: {problem}") from None
         if len(data) < count:

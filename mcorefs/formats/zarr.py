@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -132,8 +131,7 @@ def _arrays(
     model: dict[str, _Array] = {}
     optimizer: dict[str, _Array] = {}
     try:
-        with os.scandir(path) as children:
-            names = sorted(child.name for child in children if child.is_dir())
+        names = sorted(child.name for child in path.iterdir() if child.is_dir())
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
     for fqn in names:
@@ -163,7 +161,7 @@ def _names(directory: Path) -> set[str]:
             f"{directory} is a symbolic link; pass the directory that holds the arrays themselves"
         )
     try:
-        return set(os.listdir(directory))
+        return {child.name for child in directory.iterdir()}
     except OSError as problem:
         raise CheckpointError(f"{directory} cannot be read: {problem.strerror}") from None
 
@@ -251,7 +249,7 @@ def _tensor(
     fqn: str, array: _Array, directory: Path, files: dict[str, FileIdentity], problems: list[str]
 ) -> StoredTensor | None:
     """The tensor; None, with what is wrong with its files in `problems`."""
-    held = {name for name in os.listdir(directory) if _CHUNK.fullmatch(name)}
+    held = {child.name for child in directory.iterdir() if _CHUNK.fullmatch(child.name)}
     grid = array.grid
     count = math.prod(grid)
     if count > 2 * len(held) + 1000:  # however many: they need not be counted one by one
