@@ -9,6 +9,7 @@ from mcorefs.trainers.megatron_bridge import MegatronBridge
 from mcorefs.trainers.megatron_lm import MegatronLM
 from mcorefs.trainers.ms_swift import MsSwift
 from mcorefs.trainers.nemo import NeMo
+from mcorefs.trainers.nemo1 import NeMo1
 from mcorefs.trainers.slime import Slime
 from mcorefs.trainers.verl import Verl
 
@@ -17,6 +18,7 @@ TRAINERS: tuple[Trainer, ...] = (
     MegatronBridge(),
     MsSwift(),
     NeMo(),
+    NeMo1(),
     Slime(),
     MegatronLM(),
 )

@@ -21,6 +21,9 @@ LLAMA = Family(
         "llama-tp2-biased": _LLAMA.but(tp=2, linear_bias=True, seed=37),
         "torch-llama-tp2-biased": _LLAMA.but(format="torch", tp=2, linear_bias=True, seed=38),
         "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
+        "zarr-llama-tp2-pp2": _LLAMA.but(
+            format="zarr", tp=2, pp=2, llama3_rope_factor=8.0, common="no_args", seed=102
+        ),
     },
     config=_config,
 )
