@@ -6,6 +6,7 @@ mapping is SIGBUS and would end the daemon, a short read is an error that can be
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -151,6 +152,8 @@ def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
         if (member := member_at(path)) is not None:
             return _identity(member.status, member), None
         status = os.lstat(path)
+    except NotADirectoryError:  # what the system says of a name in an archive
+        return None, os.strerror(errno.ENOENT)
     except (OSError, CheckpointError) as problem:
         return None, getattr(problem, "strerror", None) or str(problem)
     if stat.S_ISLNK(status.st_mode):

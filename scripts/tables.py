@@ -22,7 +22,7 @@ END = "<!-- end of tables -->"
 
 WRITTEN_BY = {
     "torch_dist": "megatron-core's dist_checkpointing, 0.7 to 0.19+ (with and without `common.pt`)",
-    "torch": "Megatron-LM's `mp_rank_*` directories (TP, PP, VPP, EP, ETP)",
+    "torch": "Megatron-LM's `mp_rank_*` directories (TP, PP, VPP, EP, ETP); NeMo 1's ranks",
     "fsdp_dtensor": "Megatron-FSDP, and FSDP2 (`torch_dcp`)",
     "zarr": "megatron-core's dist_checkpointing up to 0.15; compressed since, with `numcodecs`",
     "huggingface": "a directory of safetensors: passed through as it is",

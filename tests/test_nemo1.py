@@ -32,11 +32,17 @@ from tests.edited import copy, rename
 from tests.format_contract import served
 
 TORCH, ZARR, QWEN2 = "llama-tp2", "zarr-llama-tp2-pp2", "qwen2-tp2-pp2"
+LEGACY = {
+    "torch-qwen3": "model_weights.ckpt",
+    "torch-qwen2-tp2-tied": "mp_rank_{0}/model_weights.ckpt",
+    "torch-llama-tp2-pp2": "tp_rank_{0}_pp_rank_{1}/model_weights.ckpt",
+}
+"""What NeMo calls the files of a rank, by fixture."""
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> dict[str, Fixture]:
-    return ensure([TORCH, ZARR, QWEN2])
+    return ensure([TORCH, ZARR, QWEN2, *LEGACY])
 
 
 def model_config(spec: Spec, tokenizer: Mapping[str, object]) -> dict[str, object]:
@@ -53,7 +59,7 @@ def model_config(spec: Spec, tokenizer: Mapping[str, object]) -> dict[str, objec
         "hidden_size": spec.hidden,
         "ffn_hidden_size": spec.ffn,
         "num_attention_heads": spec.heads,
-        "kv_channels": None,
+        "kv_channels": spec.head_dim,
         "num_query_groups": spec.kv_heads,
         "normalization": "rmsnorm",
         "layernorm_epsilon": spec.norm_eps,
@@ -91,6 +97,20 @@ def folder(fixture: Fixture, directory: Path) -> Path:
     iteration.rename(found / "model_weights")
     tokenizer = {"library": "huggingface", "type": str(fixture.tokenizer), "use_fast": True}
     config = model_config(fixture.spec, tokenizer)
+    (found / "model_config.yaml").write_text(yaml.safe_dump(config))
+    return found
+
+
+def legacy_folder(fixture: Fixture, name: str, prefix: str, directory: Path) -> Path:
+    """The same of a model that is saved rank by rank, as it is without sharded_state_dict."""
+    found = directory / "folder"
+    for file in sorted(fixture.iteration.glob("*/model_optim_rng.pt")):
+        state = torch.load(file, weights_only=False)["model"]
+        place = found / name.format(*file.parent.name.removeprefix("mp_rank_").split("_"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({f"{prefix}{key}": value for key, value in state.items()}, place)
+    config = model_config(fixture.spec, {"library": "huggingface", "type": str(fixture.tokenizer)})
+    config |= {"mcore_customization_config": {"qk_layernorm": fixture.spec.has_qk_norm}}
     (found / "model_config.yaml").write_text(yaml.safe_dump(config))
     return found
 
@@ -214,6 +234,45 @@ def test_records_are_checked_inside_the_archive(
     assert difference.name == tensor.fqn
 
 
+@pytest.mark.parametrize("prefix", ["model.", "model.module."])
+@pytest.mark.parametrize("name", LEGACY)
+def test_one_file_for_each_rank(
+    fixtures: Mapping[str, Fixture], tmp_path: Path, name: str, prefix: str
+) -> None:
+    """`model.module.` is what there is with megatron_amp_O2."""
+    fixture = fixtures[name]
+    source = legacy_folder(fixture, LEGACY[name], prefix, tmp_path)
+    for path in (source, packed(source, tmp_path / "model.nemo")):
+        model = load(path, options(fixture))
+        assert model.companions.trainer == "NeMo 1"
+        assert model.checkpoint.path == path
+        assert served(open_tree(path, options(fixture))) == expected(fixture)
+    assert checksums.check(model.checkpoint).differences == ()
+
+
+def test_ranks_that_are_missing(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    name = "torch-llama-tp2-pp2"
+    source = legacy_folder(fixtures[name], LEGACY[name], "model.", tmp_path)
+    shutil.rmtree(source / "tp_rank_01_pp_rank_000")
+    archive = packed(source, tmp_path / "model.nemo")
+    with pytest.raises(CheckpointError, match=r"1 of .* missing: tp_rank_01_pp_rank_000 \(each"):
+        load(archive, Options())
+    (source / "tp_rank_00_pp_rank_001/model_weights.ckpt").rename(source / "elsewhere")
+    expects = r"tp_rank_00_pp_rank_001/model_weights\.ckpt: No such file"
+    for path in (source, packed(source, archive)):
+        with pytest.raises(CheckpointError, match=expects):
+            load(path, Options())
+
+
+def test_ranks_of_a_model_from_before_megatron_core(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    name = "torch-qwen2-tp2-tied"
+    source = legacy_folder(fixtures[name], LEGACY[name], "model.language_model.", tmp_path)
+    with pytest.raises(CheckpointError, match=r"convert_gpt_nemo_to_mcore\.py of NeMo 1"):
+        load(packed(source, tmp_path / "model.nemo"), Options())
+
+
 # -- the config -----------------------------------------------------------------------------------
 
 
@@ -335,5 +394,5 @@ def test_each_missing_shard_is_named(archive: Path, tmp_path: Path) -> None:
     for shard in sorted((tmp_path / "folder/model_weights").glob("*.distcp")):
         shard.rename(tmp_path / "kept")
         said = refusal(packed(tmp_path / "folder", archive))
-        assert f"shard file {archive / 'model_weights' / shard.name}: Not a directory" in said
+        assert f"shard file {archive / 'model_weights' / shard.name}: No such file" in said
         (tmp_path / "kept").rename(shard)

@@ -192,7 +192,7 @@ def test_ranges_end_where_a_member_does(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError), reading(name) as pread:
             pread(offset, count)
     storage.close()
-    assert regular_file(f"{archive}/c") == (None, "Not a directory")
+    assert regular_file(f"{archive}/c") == (None, "No such file or directory")
     assert not [fd for fd in os.listdir("/proc/self/fd") if _leads_to(fd, archive)]
 
 

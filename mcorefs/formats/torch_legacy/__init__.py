@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mcorefs.formats.base import Checkpoint, Replica, WeightsFrom, refusal
-from mcorefs.formats.torch_legacy.files import FILE, directories
+from mcorefs.formats.torch_legacy.files import rank_files
 from mcorefs.formats.torch_legacy.ranks import EMBEDDING, Ranks, arrange
 from mcorefs.formats.torch_legacy.replicas import between_ranks
 from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
@@ -30,7 +30,7 @@ class TorchLegacy:
 
     def detect(self, path: Path) -> bool:
         try:
-            return any((directory / FILE).is_file() for directory, _ in directories(path))
+            return any(file.is_file() for file, _ in rank_files(path))
         except OSError:
             return False
 

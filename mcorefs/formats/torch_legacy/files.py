@@ -5,13 +5,21 @@
 TT is the tensor-, PPP the pipeline-, EEE the expert-parallel rank; PPP is there only if the run
 had pipeline stages, EEE only if it had expert parallelism
 (Megatron-LM:megatron/training/checkpointing.py get_checkpoint_name, generate_state_dict).
+
+NeMo 1 saved models so that it did not yet save as distributed checkpoints: in each file a state
+dict and nothing else (NeMo 2.2:nemo/collections/nlp/parts/nlp_overrides.py
+NLPSaveRestoreConnector.save_to).
+
+    x.nemo/model_weights.ckpt                           one rank
+    x.nemo/mp_rank_TT/model_weights.ckpt                tensor-parallel ranks
+    x.nemo/tp_rank_TT_pp_rank_PPP/model_weights.ckpt    pipeline stages as well
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +31,12 @@ from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import Record, load, record_of
 from mcorefs.unpickle import StoredView
 
-FILE = "model_optim_rng.pt"
-_DIRECTORY = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
+FILE, NEMO_FILE = "model_optim_rng.pt", "model_weights.ckpt"
+_DIRECTORY = re.compile(
+    r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?|tp_rank_([0-9]{2,})_pp_rank_([0-9]{3,})"
+)
 _MODEL = re.compile(r"model([0-9]*)")
+_BEFORE_CORE = re.compile(r"(?:(?:module|model)\.)+(language_model)\..+")
 _WRAPPERS = ("module.", "model.")
 
 
@@ -50,20 +61,27 @@ class RankFile:
         return self.path.rsplit("/", 2)[-2]
 
 
-def directories(path: Path) -> Iterator[tuple[Path, tuple[int, ...]]]:
-    """The rank directories in `path`, with the numbers in their names."""
-    for child in sorted(path.iterdir()):
-        if match := _DIRECTORY.fullmatch(child.name):
-            yield child, tuple(int(number) for number in match.groups() if number is not None)
+def rank_files(path: Path) -> list[tuple[Path, tuple[int, ...]]]:
+    """The file of each rank directory in `path`, with the numbers in that one's name; a file need
+    not be there."""
+    found = [
+        (child, tuple(int(number) for number in match.groups() if number is not None))
+        for child in sorted(path.iterdir())
+        if (match := _DIRECTORY.fullmatch(child.name))
+    ]
+    if not found and (path / NEMO_FILE).is_file():
+        return [(path / NEMO_FILE, (0,))]
+    is_nemo = any((directory / NEMO_FILE).is_file() for directory, _ in found)
+    return [(directory / (NEMO_FILE if is_nemo else FILE), numbers) for directory, numbers in found]
 
 
-def read(directory: Path, numbers: tuple[int, ...], problems: list[str]) -> RankFile | None:
-    """The rank file in `directory`, from its pickle and its zip directory alone.
+def read(file: Path, numbers: tuple[int, ...], problems: list[str]) -> RankFile | None:
+    """What is in the rank file at `file`, from its pickle and its zip directory alone.
 
     None, with what is wrong added to `problems`, if it cannot be used.
     """
-    path = str(directory / FILE)
-    identity, why = regular_file(directory / FILE)
+    path = str(file)
+    identity, why = regular_file(file)
     if identity is None:
         problems.append(f"{path}: {why}")
         return None
@@ -103,6 +121,8 @@ def _models(state: object, path: str) -> list[Mapping[object, object]]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds no dict, as every rank's file does")
     numbered = {m[1]: state[key] for key in state if (m := _MODEL.fullmatch(str(key)))}
+    if path.endswith(f"/{NEMO_FILE}"):
+        numbered = {"": {_BEFORE_CORE.sub(r"\1", str(key)): state[key] for key in state}}
     wanted = [""] if "" in numbered else [str(number) for number in range(len(numbered))]
     models = [numbered.get(number) for number in wanted]
     if not models or len(models) != len(numbered):
@@ -116,7 +136,8 @@ def _models(state: object, path: str) -> list[Mapping[object, object]]:
             raise CheckpointError(
                 f"{path} holds a model from before Megatron-Core (`language_model` in it, "
                 "--use-legacy-models); convert it with tools/checkpoint/convert.py of Megatron-LM "
-                "0.15 or older (--loader legacy --saver core) first"
+                "0.15 or older (--loader legacy --saver core) first, or a .nemo file with "
+                "scripts/checkpoint_converters/convert_gpt_nemo_to_mcore.py of NeMo 1"
             )
         found.append(model)
     return found
@@ -152,7 +173,9 @@ def _parameters(
 
 def _unwrapped(parts: dict[str, Part]) -> dict[str, Part]:
     """Names without the prefixes that wrappers (DDP, Float16Module) put before all of them."""
-    for prefix in _WRAPPERS:
-        while parts and all(name.startswith(prefix) for name in parts):
-            parts = {name.removeprefix(prefix): part for name, part in parts.items()}
+    while parts:
+        around = (p for p in _WRAPPERS if all(name.startswith(p) for name in parts))
+        if (prefix := next(around, None)) is None:
+            break
+        parts = {name.removeprefix(prefix): part for name, part in parts.items()}
     return parts

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs.formats.base import side_by_side
-from mcorefs.formats.torch_legacy.files import FILE, RankFile, directories, read
+from mcorefs.formats.torch_legacy.files import NEMO_FILE, RankFile, rank_files, read
 
 EMBEDDING = "embedding.word_embeddings.weight"
 _SIZES = (
@@ -51,12 +51,11 @@ class Ranks:
 
 def arrange(path: Path, problems: list[str]) -> Ranks | None:
     """The ranks in `path`; None, with everything that is wrong in `problems`."""
-    named = list(directories(path))
+    named = rank_files(path)
     looked = side_by_side(path, _look, named)
     problems.extend(problem for _, wrong in looked for problem in wrong)
     found = [
-        (numbers, directory.name, file)
-        for (directory, numbers), (file, _) in zip(named, looked, strict=True)
+        (numbers, name, file) for (name, numbers), (file, _) in zip(named, looked, strict=True)
     ]
     files = [file for _, _, file in found if file is not None]
     if not files:
@@ -65,7 +64,7 @@ def arrange(path: Path, problems: list[str]) -> Ranks | None:
     _check_one_save(files, problems)
     width = len(found[0][0])
     if any(len(numbers) != width for numbers, _, _ in found):
-        names = ", ".join(name for _, name, _ in found)
+        names = ", ".join(file.parent.name for _, file, _ in found)
         problems.append(f"the directories are not of one save: {names}")
         return None
     places = _places([numbers for numbers, _, _ in found], files, problems)
@@ -78,7 +77,8 @@ def arrange(path: Path, problems: list[str]) -> Ranks | None:
     else:
         etp = tp
     if tp % etp == 0:
-        _check_complete(path, places, width, (tp, pp, ep, etp), has_experts, problems)
+        naming = _Naming(found[0][1].name, width, pp)
+        _check_complete(path, places, naming, (tp, pp, ep, etp), has_experts, problems)
     if problems:
         return None
     ordered = dict(sorted(zip(places, files, strict=True), key=lambda item: item[0]))
@@ -174,7 +174,7 @@ def _check_expert_sizes(tp: int, etp: int, args: Mapping[str, object], problems:
 def _check_complete(
     path: Path,
     places: Sequence[Place],
-    width: int,
+    naming: _Naming,
     sizes: tuple[int, int, int, int],
     has_experts: bool,
     problems: list[str],
@@ -183,7 +183,7 @@ def _check_complete(
     tp, pp, ep, etp = sizes
     outside = [p for p in places if p[0] >= tp or p[1] >= pp or p[2] >= ep]
     if outside:
-        names = ", ".join(_name(place, width, pp) for place in outside)
+        names = ", ".join(map(naming.directory, outside))
         problems.append(
             f"{names} cannot be of this save: its training arguments say TP {tp}, PP {pp}, EP {ep}"
         )
@@ -195,20 +195,31 @@ def _check_complete(
             place = (rank % tp, stage, rank // etp % ep)
             if place[:2] in dense and (not has_experts or (place[0] % etp, *place[1:]) in experts):
                 continue
-            missing.append(_name(place, width, pp))
+            missing.append(naming.directory(place))
     if missing:
         problems.append(
             f"{len(missing)} of the ranks' directories are missing: {', '.join(missing[:64])}"
-            f"{', ...' if len(missing) > 64 else ''} (each with {FILE}; TP {tp}, PP {pp}, EP {ep}, "
-            f"expert TP {etp}); copy them into {path}"
+            f"{', ...' if len(missing) > 64 else ''} (each with {naming.file}; TP {tp}, PP {pp}, "
+            f"EP {ep}, expert TP {etp}); copy them into {path}"
         )
 
 
-def _name(place: Place, width: int, pp: int) -> str:
-    tp, stage, expert = place
-    name = f"mp_rank_{tp:02d}"
-    if width == 3 or (width == 2 and pp > 1):
-        name += f"_{stage:03d}"
-    if width == 3 or (width == 2 and pp == 1):
-        name += f"_{expert:03d}"
-    return name
+@dataclass(frozen=True)
+class _Naming:
+    """What the files of a save are called."""
+
+    file: str
+    width: int
+    """How many numbers are in the name of a directory."""
+    pp: int
+
+    def directory(self, place: Place) -> str:
+        tp, stage, expert = place
+        if self.file == NEMO_FILE and self.width == 2:
+            return f"tp_rank_{tp:02d}_pp_rank_{stage:03d}"
+        name = f"mp_rank_{tp:02d}"
+        if self.width == 3 or (self.width == 2 and self.pp > 1):
+            name += f"_{stage:03d}"
+        if self.width == 3 or (self.width == 2 and self.pp == 1):
+            name += f"_{expert:03d}"
+        return name
