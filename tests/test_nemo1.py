@@ -110,7 +110,9 @@ def legacy_folder(fixture: Fixture, name: str, prefix: str, directory: Path) -> 
         place.parent.mkdir(parents=True, exist_ok=True)
         torch.save({f"{prefix}{key}": value for key, value in state.items()}, place)
     config = model_config(fixture.spec, {"library": "huggingface", "type": str(fixture.tokenizer)})
-    config |= {"mcore_customization_config": {"qk_layernorm": fixture.spec.has_qk_norm}}
+    config |= {
+        "mcore_customization_config": {"qk_layernorm": fixture.spec.family.startswith("qwen3")}
+    }
     (found / "model_config.yaml").write_text(yaml.safe_dump(config))
     return found
 
