@@ -95,7 +95,7 @@ def _index(tensors: Sequence[HfTensor], weight_map: Mapping[str, str]) -> bytes:
     total_size = parameters = 0
     for tensor in tensors:
         total_size += tensor.nbytes
-        parameters += tensor.nbytes // tensor.dtype.itemsize
+        parameters += 0 if tensor.is_buffer else tensor.nbytes // tensor.dtype.itemsize
     index = {
         "metadata": {"total_parameters": parameters, "total_size": total_size},
         "weight_map": weight_map,

@@ -29,7 +29,7 @@ from tests.tilings import raw_chunks, shapes
 Tensors = Mapping[str, torch.Tensor]
 
 
-def planned(tensors: Tensors) -> list[HfTensor]:
+def planned(tensors: Tensors, buffers: frozenset[str] = frozenset()) -> list[HfTensor]:
     """As if each tensor of the model were one of the checkpoint."""
     found = []
     for name, tensor in tensors.items():
@@ -38,7 +38,7 @@ def planned(tensors: Tensors) -> list[HfTensor]:
         tiles = [Box.whole(shape)] if math.prod(shape) else []
         stored, problem = stored_tensor(name, dtype, shape, raw_chunks(tiles, dtype.itemsize))
         assert stored, problem
-        found.append(HfTensor(name, Stored(stored)))
+        found.append(HfTensor(name, Stored(stored), is_buffer=name in buffers))
     return found
 
 
@@ -123,7 +123,7 @@ def test_every_dtype_and_every_odd_name_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """Some thirty tensors of six sizes, the largest of them the embeddings."""
+    """Some thirty tensors of six sizes, the largest of them the embeddings; and a buffer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=100,
@@ -135,6 +135,7 @@ def model() -> LlamaForCausalLM:
     )
     model: LlamaForCausalLM = LlamaForCausalLM(config).to(torch.bfloat16)
     model.model.layers[3].mlp.gate_proj.float()
+    model.model.layers[4].mlp.register_buffer("bias", torch.randn(8))
     return model
 
 
@@ -151,7 +152,8 @@ def test_files_and_index_are_those_of_save_pretrained(
     state = model.state_dict()
     if tied:
         del state["lm_head.weight"]
-    files, index = lay_out(planned(state), size)
+    buffers = frozenset(name for name, _ in model.named_buffers())
+    files, index = lay_out(planned(state, buffers), size)
     wanted = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors*")}
     found = {name: content(file, state) for name, file in files.items()}
     if index is not None:

@@ -20,6 +20,9 @@ MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.weight$")
 
+MLPS = {"ffn": "mlp", "moe_ffn": "mlp.experts.0", "shared_ffn": "mlp.shared_experts"}
+"""The sizes of the MLPs that a layer may have."""
+
 CLAIMS: Mapping[str, tuple[str, ...]] = {
     "hidden": ("hidden_size",),
     "layers": ("num_layers",),
@@ -28,6 +31,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "ffn": ("ffn_hidden_size",),
     "experts": ("num_experts", "num_moe_experts"),
     "moe_ffn": ("moe_ffn_hidden_size",),
+    "shared_ffn": ("moe_shared_expert_intermediate_size",),
     "padded_vocab": ("padded_vocab_size",),
     "positions": ("max_position_embeddings",),
 }
@@ -63,7 +67,7 @@ def gather(
     if (positions := tensors.get(POSITIONS)) is not None and len(positions.shape) == 2:
         dims["positions"] = positions.shape[0]
     _attention(dims, first, args, reference, problems)
-    for name, mlp in (("ffn", "mlp"), ("moe_ffn", "mlp.experts.0")):
+    for name, mlp in MLPS.items():
         if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
             dims[name] = fc2.shape[1]
     if (router := first.get("mlp.router.weight")) is not None and router.shape:

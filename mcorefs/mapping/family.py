@@ -29,8 +29,8 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    experts, moe_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels. Absent where
-    the model has no such."""
+    experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels.
+    Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -68,8 +68,8 @@ class Rule:
     """Name, with the placeholders {layer} and {expert}, which are enumerated."""
     source: str | tuple[str, ...]
     """Canonical tensor with the same placeholders; of several, the one that is there."""
-    shape: tuple[str, ...]
-    """Expected shape, in names of `Facts.dims`."""
+    shape: tuple[str | int, ...]
+    """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
     layers: Literal["all", "dense", "moe"] = "all"
     when: str = ""
@@ -77,7 +77,9 @@ class Rule:
     keeps_dtype: bool = False
     """--dtype leaves it as stored: its precision decides routing."""
     sorts_as: str = ""
-    """Name to sort by where transformers writes it as part of a fused parameter."""
+    """Name to sort by where transformers holds it as part of a fused parameter, or renamed."""
+    is_buffer: bool = False
+    """transformers holds it as a buffer, which it does not count among the parameters."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -97,6 +99,9 @@ class Proven:
 
     value: object
 
+
+Check = Callable[[Facts], str | None]
+"""What of a model a family cannot express, as a clause; None where there is nothing."""
 
 REQUIRED = object()
 """No sensible default: the checkpoint or --hf-config must say."""
@@ -125,6 +130,8 @@ class Family:
     config: Mapping[str, Key]
     requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Arguments that must be absent or one of these values, else the weights mean another model."""
+    checks: tuple[Check, ...] = ()
+    """What it cannot express and no single argument tells."""
     given: tuple[str, ...] = ()
     """Arguments that must be set for the family to be chosen by itself: what tells it from another
     with the same tensors."""

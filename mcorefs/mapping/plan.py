@@ -21,6 +21,8 @@ class HfTensor:
     storage: str = ""
     """Tensors of one storage are split among files as one, as save_pretrained does with tensors
     that share memory; empty: alone."""
+    is_buffer: bool = False
+    """save_pretrained does not count it among the model's parameters."""
 
     @property
     def shape(self) -> Shape:
@@ -61,7 +63,8 @@ def plan(
             if view is None:
                 continue
             place = _place(family, rule, name, layer, expert, position)
-            planned.append((place, HfTensor(name, view, _storage(rule, layer))))
+            tensor = HfTensor(name, view, _storage(rule, layer), rule.is_buffer)
+            planned.append((place, tensor))
     problems.unused(set(tensors) - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
     return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
@@ -98,7 +101,7 @@ def _apply(
 ) -> View | None:
     try:
         view = rule.block(source, facts)
-        expected = tuple(facts.dims[dim] for dim in rule.shape)
+        expected = tuple(size if isinstance(size, int) else facts.dims[size] for size in rule.shape)
         if dtype is not None and not rule.keeps_dtype:
             view = to(view, dtype)
     except (KeyError, ValueError, IndexError) as problem:
@@ -109,7 +112,7 @@ def _apply(
         problems.add(
             rule.hf,
             f"{name} has shape {list(view.shape)}, expected {list(expected)} "
-            f"({' x '.join(rule.shape)})",
+            f"({' x '.join(map(str, rule.shape))})",
         )
     return view
 
@@ -175,6 +178,9 @@ def _unexpressed(family: Family, facts: Facts) -> Iterator[str]:
                 f"the model was trained with {name}={value!r}, which {family.architecture} cannot "
                 f"express (it needs {wanted}): its output would differ"
             )
+    for check in family.checks:
+        if (clause := check(facts)) is not None:
+            yield f"{clause}, which {family.architecture} cannot express: its output would differ"
 
 
 def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gated MLPs: of a layer, of an expert.
+"""Gated MLPs: of a layer, of an expert, of shared experts; routers.
 
 Formulas: Megatron-LM:megatron/core/transformer/mlp.py (gate and up), moe/router.py.
 """
@@ -9,6 +9,7 @@ from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Rule
 from mcorefs.views import Narrow, View
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MLP_BIAS = "decoder.layers.*.mlp.linear_fc1.bias"
 """The kind of tensor that models with biases in their MLPs hold."""
 
@@ -40,26 +41,66 @@ GATED_MLP_ALL_OR_NO_BIAS = tuple(
 """With biases (--add-bias-linear), or with none."""
 
 
-def router(hf: str) -> Rule:
-    """The router's weight, one row per expert, under the name `hf` in its layer."""
+def router(hf: str, sorts_as: str = "") -> Rule:
+    """The router's weight, one row per expert, under the name `hf` in its layer.
+
+    `sorts_as`: its name in transformers' memory, where that is another.
+    """
     source = MLAYER + "mlp.router.weight"
-    return Rule(LAYER + hf, source, ("experts", "hidden"), layers="moe", keeps_dtype=True)
+    return Rule(
+        LAYER + hf,
+        source,
+        ("experts", "hidden"),
+        layers="moe",
+        keeps_dtype=True,
+        sorts_as=LAYER + sorts_as if sorts_as else "",
+    )
 
 
-def gated_experts(hf: str) -> tuple[Rule, ...]:
-    """gate, up and down projections of each expert under `hf`, which holds {expert}.
+def expert_bias(hf: str) -> Rule:
+    """What a router of sigmoids adds to choose experts, but not to weigh them: fp32 on both sides,
+    on both sides a buffer."""
+    source = MLAYER + "mlp.router.expert_bias"
+    return Rule(LAYER + hf, source, ("experts",), layers="moe", keeps_dtype=True, is_buffer=True)
 
-    transformers 5 holds them fused in memory (gate_up_proj, down_proj) and sorts by that name.
+
+def gated_experts(
+    hf: str, names: tuple[str, str, str] = PROJECTIONS, fused: str = ""
+) -> tuple[Rule, ...]:
+    """The projections `names` (gate, up, down) of each expert under `hf`, which holds {expert}.
+
+    transformers 5 holds them fused in memory, as gate_up_proj and down_proj in `fused` (if not
+    given: where `hf` has them), and sorts by that name.
     """
     at = MLAYER + "mlp.experts.{expert}."
     fc1, fc2 = at + "linear_fc1.weight", at + "linear_fc2.weight"
-    fused = LAYER + hf.split("{expert}", maxsplit=1)[0]
+    memory = LAYER + (fused or hf.split("{expert}", maxsplit=1)[0])
     wide, tall = ("moe_ffn", "hidden"), ("hidden", "moe_ffn")
-    both = fused + "gate_up_proj"
+    gate_up, down = memory + "gate_up_proj", memory + "down_proj"
+    first, second, third = (f"{LAYER}{hf}{name}.weight" for name in names)
     return (
-        Rule(LAYER + hf + "gate_proj.weight", fc1, wide, gate, "moe", sorts_as=both),
-        Rule(LAYER + hf + "up_proj.weight", fc1, wide, up, "moe", sorts_as=both),
-        Rule(
-            LAYER + hf + "down_proj.weight", fc2, tall, layers="moe", sorts_as=fused + "down_proj"
-        ),
+        Rule(first, fc1, wide, gate, "moe", sorts_as=gate_up),
+        Rule(second, fc1, wide, up, "moe", sorts_as=gate_up),
+        Rule(third, fc2, tall, layers="moe", sorts_as=down),
     )
+
+
+def shared_experts(hf: str) -> tuple[Rule, ...]:
+    """The expert that every token goes to, or the several that Megatron holds as one, under `hf`
+    (Megatron-LM:megatron/core/transformer/moe/shared_experts.py)."""
+    at, wide, tall = (
+        MLAYER + "mlp.shared_experts.",
+        ("shared_ffn", "hidden"),
+        ("hidden", "shared_ffn"),
+    )
+    return (
+        Rule(LAYER + hf + "gate_proj.weight", at + "linear_fc1.weight", wide, gate, "moe"),
+        Rule(LAYER + hf + "up_proj.weight", at + "linear_fc1.weight", wide, up, "moe"),
+        Rule(LAYER + hf + "down_proj.weight", at + "linear_fc2.weight", tall, layers="moe"),
+    )
+
+
+def shared_expert_gate(hf: str) -> Rule:
+    """How much of the shared expert's output each token gets (--moe-shared-expert-gate)."""
+    source = MLAYER + "mlp.shared_experts.gate_weight"
+    return Rule(LAYER + hf, source, (1, "hidden"), layers="moe")

@@ -12,18 +12,17 @@ from mcorefs.mapping.blocks.keys import (
     constant,
     dim,
     holds,
-    soft_arg,
 )
 from mcorefs.mapping.blocks.mlp import GATED_MLP, gated_experts, router
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
-from mcorefs.mapping.family import Facts, Family, Key
-
-
-def _normalised(facts: Facts) -> bool | None:
-    """Softmax after top-k gives weights that sum to one; softmax before it does not."""
-    before = facts.arg("moe_router_pre_softmax")
-    return None if before is None else not before
-
+from mcorefs.mapping.blocks.routing import (
+    AUX_LOSS_COEF,
+    SOFTMAX_NORM_TOPK_PROB,
+    SOFTMAX_REQUIRES,
+    SPARSE_LAYER_KEYS,
+    no_sinkhorn,
+)
+from mcorefs.mapping.family import Family
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -47,19 +46,12 @@ QWEN3_MOE = Family(
         "num_experts": dim("experts", "num_local_experts"),  # as transformers 5 saves it
         "num_experts_per_tok": arg("moe_router_topk"),
         "moe_intermediate_size": dim("moe_ffn"),
-        "norm_topk_prob": Key(_normalised, True),
-        "decoder_sparse_step": Key(lambda facts: 1),
-        "mlp_only_layers": Key(lambda facts: facts.dense_layers),
-        "router_aux_loss_coef": soft_arg("moe_aux_loss_coeff", default=0.001),
+        "norm_topk_prob": SOFTMAX_NORM_TOPK_PROB,
+        **SPARSE_LAYER_KEYS,
+        "router_aux_loss_coef": AUX_LOSS_COEF,
         "output_router_logits": constant(False),
     },
-    requires={
-        **DECODER_REQUIRES,
-        "moe_router_score_function": ("softmax",),
-        "moe_router_topk_scaling_factor": (1, 1.0),
-        "moe_router_num_groups": (),
-        "moe_router_group_topk": (),
-        "moe_apply_probs_on_input": (False,),
-    },
+    requires={**DECODER_REQUIRES, **SOFTMAX_REQUIRES},
+    checks=(no_sinkhorn,),
     natural_order=True,
 )
