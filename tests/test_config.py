@@ -270,6 +270,34 @@ def test_moe_arguments_that_mean_another_model_are_refused(
     assert f"{name}={value!r}" in problem
 
 
+@pytest.mark.parametrize(
+    ("fixture", "name", "value"),
+    [
+        ("mixtral-tp2-ep2", "moe_router_pre_softmax", True),
+        ("mixtral-tp2-ep2", "window_attn_skip_freq", 2),
+    ],
+)
+def test_arguments_that_one_family_cannot_express_are_refused(
+    fixtures: Mapping[str, Fixture], fixture: str, name: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[fixture], tmp_path, **{name: value})
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert f"{name}={value!r}" in problem
+    assert "cannot express" in problem
+
+
+def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    named = "moe_router_load_balancing_type"
+    root = with_args(fixtures["qwen3_moe"], tmp_path / "sinkhorn", **{named: "sinkhorn"})
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert problem == (
+        "tokens were routed by sinkhorn, which Qwen3MoeForCausalLM cannot express: its output "
+        "would differ"
+    )
+    root = with_args(fixtures["qwen3_moe"], tmp_path / "losses", **{named: ["aux_loss", "none"]})
+    assert load(root, Options()).choice.family.name == "qwen3_moe"
+
+
 def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
     fixture = fixtures["mistral-tp2"]
     assert load(fixture.root, Options()).config["sliding_window"] == 8
@@ -279,6 +307,8 @@ def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_p
     assert said(model, "sliding_window is 7 as in --hf-config (training used 8)")
     root = with_args(fixture, tmp_path, window_size=None)
     assert load(root, Options(family="mistral")).config["sliding_window"] is None
+    assert load(fixtures["mixtral-tp2-window"].root, Options()).config["sliding_window"] == 8
+    assert load(fixtures["mixtral-tp2-ep2"].root, Options()).config["sliding_window"] is None
 
 
 def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:

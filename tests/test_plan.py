@@ -361,6 +361,24 @@ def test_biases_tell_families_apart() -> None:
     )
 
 
+def without(tensors: Tensors, pattern: str) -> Tensors:
+    return {name: view for name, view in tensors.items() if not re.search(pattern, name)}
+
+
+def test_tensors_tell_mixtures_of_experts_apart(moe: Tensors) -> None:
+    assert chosen(moe).family.name == "qwen3_moe"
+    plain = without(moe, r"\.[qk]_layernorm\.")
+    assert chosen(plain, num_attention_heads=8).family.name == "mixtral"
+
+
+def test_mixtral_has_experts_in_every_layer(fixtures: Mapping[str, Fixture]) -> None:
+    mixed = without(canonical(fixtures["qwen3_moe-mixed-pp2"]), r"\.[qk]_layernorm\.")
+    with pytest.raises(MappingError, match="no supported model family fits") as caught:
+        chosen(mixed, num_attention_heads=8)
+    problems = dict(problem.split(": ", 1) for problem in caught.value.problems)
+    assert "has decoder.layers.*.mlp.linear_fc1.weight" in problems["mixtral"]
+
+
 def test_what_still_speaks_against_the_nearest_is_for_planning_to_tell(dense: Tensors) -> None:
     """No family takes these arguments: the one they contradict least is chosen, and refuses."""
     plain = {
