@@ -56,6 +56,10 @@ def build_model(spec: Spec) -> PreTrainedModel:
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.05, generator=generator)
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in saved:  # expert biases, which transformers keeps in fp32
+            buffer.data = torch.empty(buffer.shape).normal_(0.0, 0.05, generator=generator)
     return model
 
 

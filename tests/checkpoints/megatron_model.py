@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.nn.functional import silu
 
@@ -95,6 +96,9 @@ def _build_stage(
     if model.post_process and spec.bare:
         model.output_layer = None
     model.to(TORCH_DTYPES[spec.dtype])
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module._maintain_float32_expert_bias()
     if spec.fp32_router:
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.router.weight"):

@@ -76,16 +76,20 @@ def _architecture(spec: Spec) -> dict[str, Any]:
 
 def _experts(spec: Spec) -> dict[str, Any]:
     freq = spec.moe_layer_freq
+    groups, group_topk = spec.expert_groups or (None, None)
     return {
         "num_experts": spec.experts if spec.is_moe else None,
         "moe_layer_freq": 1 if freq is None else list(freq),
         "moe_ffn_hidden_size": spec.moe_ffn if spec.is_moe else None,
-        "moe_shared_expert_intermediate_size": None,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn or None,
+        "moe_shared_expert_gate": False,
         "moe_router_topk": spec.topk,
         "moe_router_pre_softmax": not spec.norm_topk_prob,
-        "moe_router_score_function": "softmax",
-        "moe_router_enable_expert_bias": False,
-        "moe_router_topk_scaling_factor": None,
+        "moe_router_num_groups": groups,
+        "moe_router_group_topk": group_topk,
+        "moe_router_score_function": "sigmoid" if spec.expert_bias else "softmax",
+        "moe_router_enable_expert_bias": spec.expert_bias,
+        "moe_router_topk_scaling_factor": None if spec.routed_scaling == 1 else spec.routed_scaling,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32" if spec.fp32_router else None,
         "moe_aux_loss_coeff": 0.001 if spec.is_moe else 0.0,

@@ -77,7 +77,14 @@ class Spec:
     moe_ffn: int = 48
     moe_layer_freq: tuple[int, ...] | None = None
     """1 for a MoE layer, 0 for a dense one; None (all MoE) keeps stacked keys, a list does not."""
+    shared_ffn: int = 0
+    """Width of the experts that every token goes to."""
     norm_topk_prob: bool = True
+    expert_bias: bool = False
+    """The router is one of sigmoids, with a bias for each expert."""
+    expert_groups: tuple[int, int] | None = None
+    """(how many groups of experts, how many of them a token's experts are chosen from)."""
+    routed_scaling: float = 1.0
     fp32_router: bool = False
     labels: int = 0
     """The output layer gives that many scores (ms-swift's task_type seq_cls); 0: words."""
@@ -184,13 +191,13 @@ class Spec:
         """How many numbers the model holds: to size timeouts and benchmarks."""
         attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
         moe_layers = sum(self.has_experts(layer) for layer in range(self.layers))
-        expert = 3 * self.hidden * self.moe_ffn
+        experts = 3 * self.hidden * (self.experts * self.moe_ffn + self.shared_ffn)
         dense = 3 * self.hidden * self.ffn
         embeddings = self.vocab_size * self.hidden * (1 if self.tied else 2)
         return (
             embeddings
             + self.layers * attention
-            + moe_layers * self.experts * expert
+            + moe_layers * experts
             + (self.layers - moe_layers) * dense
         )
 

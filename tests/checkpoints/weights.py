@@ -12,6 +12,7 @@ how megatron-core *uses* its parameters, independently of mcorefs, so that the t
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -49,14 +50,17 @@ def rank_of_this_process() -> Rank:
     )
 
 
-def globally_named(model: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the layer's number in the whole model, not in this stage."""
+def globally_named(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, and the buffers that are saved too (expert biases), with the layer's number in
+    the whole model, not in this stage."""
 
     def global_number(match: re.Match[str]) -> str:
         return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
 
-    for name, parameter in model.named_parameters():
-        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), parameter
+    saved = model.state_dict()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+    for name, tensor in itertools.chain(model.named_parameters(), buffers):
+        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), tensor
 
 
 class HFTensors:

@@ -114,6 +114,7 @@ DECODER: Mapping[str, Value] = {
     LAYER + "self_attention.q_layernorm.weight": HeadNorm(HF_LAYER + "self_attn.q_norm.weight"),
     LAYER + "self_attention.k_layernorm.weight": HeadNorm(HF_LAYER + "self_attn.k_norm.weight"),
     LAYER + "mlp.router.weight": Whole(HF_LAYER + "mlp.gate.weight"),
+    LAYER + "mlp.router.expert_bias": Whole(HF_LAYER + "mlp.gate.e_score_correction_bias"),
     **gated_mlp(LAYER + "mlp.", HF_LAYER + "mlp.", PROJECTIONS),
     **gated_mlp(EXPERT, HF_LAYER + "mlp.experts.{expert}.", PROJECTIONS),
 }
