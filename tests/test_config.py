@@ -275,6 +275,7 @@ def test_moe_arguments_that_mean_another_model_are_refused(
     [
         ("mixtral-tp2-ep2", "moe_router_pre_softmax", True),
         ("mixtral-tp2-ep2", "window_attn_skip_freq", 2),
+        ("qwen2_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
     ],
 )
 def test_arguments_that_one_family_cannot_express_are_refused(
@@ -284,6 +285,19 @@ def test_arguments_that_one_family_cannot_express_are_refused(
     (problem,) = refusal(lambda: load(root, Options()))
     assert f"{name}={value!r}" in problem
     assert "cannot express" in problem
+
+
+def test_the_shared_expert_is_as_wide_as_is_said(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["qwen2_moe-tp2-ep2"]
+    assert load(fixture.root, Options()).config["shared_expert_intermediate_size"] == 80
+    root = with_args(fixture, tmp_path, moe_shared_expert_intermediate_size=96)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert problem == (
+        "moe_shared_expert_intermediate_size is 96 in the training arguments but the tensor shapes "
+        "say 80"
+    )
 
 
 def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:

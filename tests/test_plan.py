@@ -369,6 +369,14 @@ def test_tensors_tell_mixtures_of_experts_apart(moe: Tensors) -> None:
     assert chosen(moe).family.name == "qwen3_moe"
     plain = without(moe, r"\.[qk]_layernorm\.")
     assert chosen(plain, num_attention_heads=8).family.name == "mixtral"
+    qwen2_moe = canonical(ensure(["qwen2_moe-tp2-mixed"])["qwen2_moe-tp2-mixed"])
+    assert chosen(qwen2_moe, num_attention_heads=8).family.name == "qwen2_moe"
+    alone = without(qwen2_moe, r"shared_experts\.gate_weight")
+    with pytest.raises(MappingError, match="no supported model family fits") as caught:
+        chosen(alone, num_attention_heads=8)
+    assert caught.value.problems[0] == (
+        "qwen2_moe: lacks decoder.layers.*.mlp.shared_experts.gate_weight"
+    )
 
 
 def test_mixtral_has_experts_in_every_layer(fixtures: Mapping[str, Fixture]) -> None:

@@ -7,6 +7,7 @@ from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
 from mcorefs.mapping.families.qwen2 import QWEN2
+from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     MIXTRAL,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
 )
