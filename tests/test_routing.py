@@ -95,7 +95,7 @@ def grouped(groups: int | None, kept: int | None, chosen: int) -> Facts:
             routing.best_two_of_each_group,
             grouped(8, 4, 8),
             grouped(8, 4, 4),
-            "chose 4 of 8 groups by the sum of their 1 best scores (moe_router_topk=4), not of two",
+            "moe_router_group_topk=4 Megatron chooses groups of experts by the sum of their 1 best",
         ),
         (routing.best_two_of_each_group, grouped(4, 4, 4), grouped(4, 2, 6), "their 3 best"),
         (routing.best_two_of_each_group, grouped(None, None, 6), grouped(4, 1, 1), "their 1 best"),
@@ -103,7 +103,7 @@ def grouped(groups: int | None, kept: int | None, chosen: int) -> Facts:
             routing.whole_shared_experts,
             facts(shared_ffn=96, moe_ffn=48),
             facts(shared_ffn=64, moe_ffn=48),
-            "its shared experts are 64 wide, no multiple of the others' 48",
+            "the shared experts are 64 wide, which is no multiple of the others' 48",
         ),
     ],
 )

@@ -57,12 +57,13 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     weighed = {family.name: against(family, facts) for family in FAMILIES}
     fitting = [family for family in FAMILIES if not weighed[family.name]]
     if not fitting:
-        raise _undecided("no supported model family fits", weighed)
+        close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
+        raise _undecided("no supported model family fits", weighed, close)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
     fitting.sort(key=lambda family: len(doubted[family.name]))
     best, *others = fitting
     if others and len(doubted[others[0].name]) == len(doubted[best.name]):
-        raise _undecided("several model families fit", doubted)
+        raise _undecided("several model families fit", doubted, doubted)
     return Choice(
         best,
         (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
@@ -83,8 +84,11 @@ def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:
             yield reason.replace("lacks", "no", 1)
 
 
-def _undecided(which: str, weighed: Mapping[str, Sequence[str]]) -> MappingError:
-    nearest = sorted(weighed, key=lambda name: len(weighed[name]))[:5]
+def _undecided(
+    which: str, weighed: Mapping[str, Sequence[str]], doubted: Mapping[str, Sequence[str]]
+) -> MappingError:
+    """What is `weighed` is told; of what is equally near, the less `doubted` comes first."""
+    nearest = sorted(weighed, key=lambda name: (len(weighed[name]), len(doubted[name])))[:5]
     return MappingError(
         f"{which} the tensors of this checkpoint. If you know which it is, pass --family NAME or "
         "--hf-config DIR (the model it was trained from). Nearest, with what speaks against each:",

@@ -125,7 +125,8 @@ def _attention(
     problems: list[str],
 ) -> None:
     """heads, groups and head_dim: linear_qkv has (heads + 2 * groups) * head_dim rows and
-    linear_proj heads * head_dim columns; only head_dim must come from elsewhere."""
+    linear_proj heads * head_dim columns; only head_dim must come from elsewhere: the norm of a
+    query head shows it, but not a norm of all of them (OLMoE)."""
     qkv = first.get("self_attention.linear_qkv.weight")
     proj = first.get("self_attention.linear_proj.weight")
     norm = first.get("self_attention.q_layernorm.weight")
@@ -135,7 +136,7 @@ def _attention(
     stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
     heads = _int(args.get("num_attention_heads")) or _int(stated)
     head_dim = _int(args.get("kv_channels")) or _int(reference.config.get("head_dim"))
-    if norm is not None and len(norm.shape) == 1:
+    if norm is not None and len(norm.shape) == 1 and norm.shape != (columns,):
         head_dim = norm.shape[0]
     elif head_dim is None and heads:
         head_dim = columns // heads

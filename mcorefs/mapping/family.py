@@ -101,7 +101,7 @@ class Proven:
 
 
 Check = Callable[[Facts], str | None]
-"""What of a model a family cannot express, as a clause; None where there is nothing."""
+"""The problem with a model that the family cannot express, or None."""
 
 REQUIRED = object()
 """No sensible default: the checkpoint or --hf-config must say."""

@@ -178,9 +178,7 @@ def _unexpressed(family: Family, facts: Facts) -> Iterator[str]:
                 f"the model was trained with {name}={value!r}, which {family.architecture} cannot "
                 f"express (it needs {wanted}): its output would differ"
             )
-    for check in family.checks:
-        if (clause := check(facts)) is not None:
-            yield f"{clause}, which {family.architecture} cannot express: its output would differ"
+    yield from (problem for check in family.checks if (problem := check(facts)) is not None)
 
 
 def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[str]:

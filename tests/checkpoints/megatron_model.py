@@ -5,18 +5,34 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
 from torch.nn.functional import silu
 
+from .families import FAMILIES
 from .hf import TORCH_DTYPES
 from .saved_args import model_args
 from .spec import Spec
 from .te_linear import TELinear
+
+
+class NormOfAllHeads(torch.nn.RMSNorm):
+    """In place of a norm of each head, as megatron-core builds and calls it. Megatron-Bridge's
+    OLMoESelfAttention computes the same (src/megatron/bridge/models/olmoe/olmoe_provider.py): with
+    as many key heads as query heads, and without tensor parallelism."""
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
+        super().__init__(hidden_size * config.num_attention_heads, eps=eps)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return super().forward(heads.flatten(-2)).view_as(heads)
 
 
 def build_models(spec: Spec) -> list[GPTModel]:
@@ -65,17 +81,26 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**{**named, **without_gpu})
 
 
-def _build_stage(
-    spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
-) -> GPTModel:
+def _block_spec(
+    spec: Spec, config: TransformerConfig, stage: int | None
+) -> TransformerBlockSubmodules:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=stage
     )
-    if spec.is_moe and not spec.local_norm_keys:
-        first = get_transformer_layer_offset(config, vp_stage=stage)
-        for layer_number, layer in enumerate(block.layer_specs, first):
-            if spec.has_experts(layer_number):
-                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    first = get_transformer_layer_offset(config, vp_stage=stage)
+    for layer_number, layer in enumerate(block.layer_specs, first):
+        if spec.has_experts(layer_number) and not spec.local_norm_keys:
+            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        if FAMILIES[spec.family].norms_whole_projections:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
+    return block
+
+
+def _build_stage(
+    spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
+) -> GPTModel:
+    block = _block_spec(spec, config, stage)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,

@@ -70,16 +70,14 @@ GQA_ALL_OR_NO_BIAS = (
 )
 """With biases on q, k, v and o (--add-bias-linear), or with none."""
 
+_Q_NORM, _K_NORM = (MLAYER + f"self_attention.{x}_layernorm.weight" for x in "qk")
 QK_NORM = (
-    Rule(
-        LAYER + "self_attn.q_norm.weight",
-        MLAYER + "self_attention.q_layernorm.weight",
-        ("head_dim",),
-    ),
-    Rule(
-        LAYER + "self_attn.k_norm.weight",
-        MLAYER + "self_attention.k_layernorm.weight",
-        ("head_dim",),
-    ),
+    Rule(LAYER + "self_attn.q_norm.weight", _Q_NORM, ("head_dim",)),
+    Rule(LAYER + "self_attn.k_norm.weight", _K_NORM, ("head_dim",)),
 )
 """Norms of each query and key head."""
+WHOLE_QK_NORM = (
+    Rule(LAYER + "self_attn.q_norm.weight", _Q_NORM, ("hidden",)),
+    Rule(LAYER + "self_attn.k_norm.weight", _K_NORM, ("kv_rows",)),
+)
+"""Norms of all query heads together, which fill the hidden size, and of all key heads."""

@@ -27,7 +27,7 @@ def leading_dense(facts: Facts) -> str | None:
     """Check: dense layers come before all layers of experts."""
     dense, first = facts.dense_layers, min(facts.moe_layers, default=0)
     if late := [layer for layer in dense if layer > first]:
-        return f"layers {late} are dense although layer {first} has experts"
+        return f"layers {late} are dense although layer {first} has experts: only the first may be"
     return None
 
 
@@ -61,8 +61,12 @@ SOFTMAX_REQUIRES: Mapping[str, tuple[object, ...]] = {
 
 def no_sinkhorn(facts: Facts) -> str | None:
     """Check: experts are chosen by score alone. The argument may be a list of losses."""
-    kind = facts.arg("moe_router_load_balancing_type")
-    return "tokens were routed by sinkhorn" if kind == "sinkhorn" else None
+    if facts.arg("moe_router_load_balancing_type") != "sinkhorn":
+        return None
+    return (
+        "the model was trained with moe_router_load_balancing_type='sinkhorn', a routing that no "
+        "Hugging Face model has: its output would differ"
+    )
 
 
 def _aux_loss(facts: Facts) -> Soft | None:
@@ -126,8 +130,9 @@ def best_two_of_each_group(facts: Facts) -> str | None:
     if not kept or kept == groups or chosen // kept == 2:
         return None
     return (
-        f"its router chose {kept} of {groups} groups by the sum of their {chosen // kept} best "
-        f"scores (moe_router_topk={chosen}), not of two"
+        f"with moe_router_topk={chosen} and moe_router_group_topk={kept} Megatron chooses groups "
+        f"of experts by the sum of their {chosen // kept} best scores, transformers of their 2: "
+        "its output would differ"
     )
 
 
@@ -147,5 +152,8 @@ def whole_shared_experts(facts: Facts) -> str | None:
     """Check: the shared experts are as wide as a whole number of the others."""
     shared, one = facts.dims.get("shared_ffn", 0), facts.dims.get("moe_ffn", 1)
     if shared % one:
-        return f"its shared experts are {shared} wide, no multiple of the others' {one}"
+        return (
+            f"the shared experts are {shared} wide, which is no multiple of the others' {one}: "
+            "config.json can only say how many there are"
+        )
     return None

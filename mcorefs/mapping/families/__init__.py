@@ -6,6 +6,7 @@ from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
+from mcorefs.mapping.families.olmoe import OLMOE
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    OLMOE,
     QWEN2,
     QWEN2_MOE,
     QWEN3,

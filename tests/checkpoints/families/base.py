@@ -167,5 +167,7 @@ class Family:
     arguments: Callable[[Spec], Values] = no_arguments
     """Megatron-LM's arguments for the model, where they differ from `saved_args`; the model that
     is saved is built from them too."""
+    norms_whole_projections: bool = False
+    """Not each head has a norm, but all query heads together, and all key heads."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
     """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers."""
