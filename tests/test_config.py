@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,8 @@ def test_moe_arguments_that_mean_another_model_are_refused(
         ("mixtral-tp2-ep2", "moe_router_pre_softmax", True),
         ("mixtral-tp2-ep2", "window_attn_skip_freq", 2),
         ("qwen2_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
+        ("glm4_moe-tp2-ep2", "moe_router_score_function", "softmax"),
+        ("glm4_moe-tp2-ep2", "rotary_interleaved", True),
     ],
 )
 def test_arguments_that_one_family_cannot_express_are_refused(
@@ -285,6 +288,32 @@ def test_arguments_that_one_family_cannot_express_are_refused(
     (problem,) = refusal(lambda: load(root, Options()))
     assert f"{name}={value!r}" in problem
     assert "cannot express" in problem
+
+
+def test_groups_of_experts(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures["glm4_moe-tp2-groups"]
+    config = load(fixture.root, Options()).config
+    assert (config["n_group"], config["topk_group"], config["n_shared_experts"]) == (4, 2, 2)
+    root = with_args(fixture, tmp_path, moe_router_topk=6)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert "by the sum of their 3 best scores, transformers of their 2" in problem
+
+
+def test_the_part_of_a_head_that_rotates(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures["glm4_moe-tp2-ep2"]
+    theta = {"rope_type": "default", "rope_theta": 1e6}
+    for spelling in (
+        {"rope_parameters": {**theta, "partial_rotary_factor": 0.25}},
+        {"rope_parameters": theta, "partial_rotary_factor": 0.25},
+    ):
+        given = reference(fixture, tmp_path, **spelling)
+        (problem,) = refusal(partial(load, fixture.root, Options(hf_config=given)))
+        assert "partial_rotary_factor is 0.5 in the checkpoint but 0.25 in --hf-config" in problem
+    model = load(fixture.root, Options(hf_config=fixture.hf))
+    assert model.config["partial_rotary_factor"] == 0.5
+    assert model.config["rope_scaling"] is None
+    rope = attributes(write_config(model, tmp_path / "ours"))["rope_parameters"]
+    assert rope == {**theta, "partial_rotary_factor": 0.5}
 
 
 def test_the_shared_expert_is_as_wide_as_is_said(

@@ -372,11 +372,12 @@ def test_tensors_tell_mixtures_of_experts_apart(moe: Tensors) -> None:
     qwen2_moe = canonical(ensure(["qwen2_moe-tp2-mixed"])["qwen2_moe-tp2-mixed"])
     assert chosen(qwen2_moe, num_attention_heads=8).family.name == "qwen2_moe"
     olmoe = canonical(ensure(["olmoe-normalised"])["olmoe-normalised"])
-    assert chosen(olmoe, num_attention_heads=8).family.name == "olmoe"
-    assert (
-        "has shape [64], expected [8] (head_dim)"
-        in chosen(olmoe, num_attention_heads=8).evidence[-1]
-    )
+    found = chosen(olmoe, num_attention_heads=8)
+    assert found.family.name == "olmoe"
+    assert "has shape [64], expected [8] (head_dim)" in found.evidence[-1]
+    glm4_moe = canonical(ensure(["glm4_moe-tp2-ep2"])["glm4_moe-tp2-ep2"])
+    for tensors in (glm4_moe, without(glm4_moe, r"\.[qk]_layernorm\.|linear_qkv\.bias")):
+        assert chosen(tensors, num_attention_heads=8).family.name == "glm4_moe"
     alone = without(qwen2_moe, r"shared_experts\.gate_weight")
     with pytest.raises(MappingError, match="no supported model family fits") as caught:
         chosen(alone, num_attention_heads=8)

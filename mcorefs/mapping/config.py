@@ -134,6 +134,8 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
         return
     scaling = config.get("rope_scaling")
     described = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
+    if (part := config.get("partial_rotary_factor")) is not None:
+        described["partial_rotary_factor"] = part
     config["rope_parameters"] = {**described, "rope_theta": config["rope_theta"]}
 
 

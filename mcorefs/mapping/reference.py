@@ -50,17 +50,22 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
     return Reference(_hub_rope(cast(dict[str, object], config)), where, directory)
 
 
+_BESIDE = ("rope_theta", "partial_rotary_factor")
+"""What the hub has beside rope_scaling."""
+
+
 def _hub_rope(config: dict[str, object]) -> dict[str, object]:
-    """`config` with rope_theta and rope_scaling where it has transformers 5's rope_parameters."""
+    """`config` with rope_theta, rope_scaling and partial_rotary_factor where it has transformers
+    5's rope_parameters."""
     parameters = config.get("rope_parameters")
     scaling = config.get("rope_scaling") or parameters
     if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
         return config
-    rest = {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")}
+    rest = {name: value for name, value in scaling.items() if name not in (*_BESIDE, "type")}
     rest.setdefault("rope_type", scaling.get("type", "default"))
     found = {k: v for k, v in config.items() if k != "rope_parameters"}
     found["rope_scaling"] = None if rest["rope_type"] == "default" else rest
     for described in (parameters, scaling):
-        if isinstance(described, dict) and "rope_theta" in described:
-            found["rope_theta"] = described["rope_theta"]
+        if isinstance(described, dict):
+            found |= {name: described[name] for name in _BESIDE if name in described}
     return found

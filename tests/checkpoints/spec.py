@@ -70,6 +70,8 @@ class Spec:
     """Biases in all linear layers (--add-bias-linear)."""
     fused_gelu: bool = True
     """GELU by the kernel that adds the bias too, which approximates it (--bias-gelu-fusion)."""
+    qk_norm: bool = True
+    """Norms of query and key heads, in a family that has them both ways."""
     window: int | None = None
     """How many tokens each sees, itself included."""
     experts: int = 0

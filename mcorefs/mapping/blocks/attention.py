@@ -64,10 +64,11 @@ GQA = (
 )
 GQA_QKV_BIAS = (GQA[0], _Q_BIAS, GQA[1], _K_BIAS, GQA[2], _V_BIAS, GQA[3])
 """With biases on q, k and v (--add-qkv-bias)."""
-GQA_ALL_OR_NO_BIAS = (
-    *(replace(rule, when=QKV_BIAS if rule.hf.endswith(".bias") else "") for rule in GQA_QKV_BIAS),
-    replace(_O_BIAS, when=QKV_BIAS),
+GQA_QKV_OR_NO_BIAS = tuple(
+    replace(rule, when=QKV_BIAS if rule.hf.endswith(".bias") else "") for rule in GQA_QKV_BIAS
 )
+"""With those, or with none."""
+GQA_ALL_OR_NO_BIAS = (*GQA_QKV_OR_NO_BIAS, replace(_O_BIAS, when=QKV_BIAS))
 """With biases on q, k, v and o (--add-bias-linear), or with none."""
 
 _Q_NORM, _K_NORM = (MLAYER + f"self_attention.{x}_layernorm.weight" for x in "qk")
@@ -76,6 +77,9 @@ QK_NORM = (
     Rule(LAYER + "self_attn.k_norm.weight", _K_NORM, ("head_dim",)),
 )
 """Norms of each query and key head."""
+QK_NORM_WEIGHT = "decoder.layers.*.self_attention.q_layernorm.weight"
+"""The kind of tensor that models with norms of heads hold."""
+QK_NORM_OR_NONE = tuple(replace(rule, when=QK_NORM_WEIGHT) for rule in QK_NORM)
 WHOLE_QK_NORM = (
     Rule(LAYER + "self_attn.q_norm.weight", _Q_NORM, ("hidden",)),
     Rule(LAYER + "self_attn.k_norm.weight", _K_NORM, ("kv_rows",)),

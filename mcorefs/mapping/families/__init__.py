@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -14,6 +15,7 @@ from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    GLM4_MOE,
     GPT2,
     LLAMA,
     MISTRAL,

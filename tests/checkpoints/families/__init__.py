@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .. import spec
 from ..spec import Spec
 from .base import Family
+from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -18,6 +19,7 @@ from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
