@@ -141,6 +141,7 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "softmax_scale": (),
     "use_mup": (False,),
     "moe_mlp_glu_interleave_size": (),
+    "moe_shared_expert_glu_interleave_size": (),
     "window_size": (),
     "no_rope_freq": (),
     "activation_func_clamp_value": (),

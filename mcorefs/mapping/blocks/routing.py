@@ -60,11 +60,13 @@ SOFTMAX_REQUIRES: Mapping[str, tuple[object, ...]] = {
 
 
 def no_sinkhorn(facts: Facts) -> str | None:
-    """Check: experts are chosen by score alone. The argument may be a list of losses."""
-    if facts.arg("moe_router_load_balancing_type") != "sinkhorn":
+    """Check: experts are chosen by score alone, not by what balances their load (as a loss does
+    not). The argument may be a list of losses."""
+    kind = facts.arg("moe_router_load_balancing_type")
+    if kind not in ("sinkhorn", "quantile_balancing"):
         return None
     return (
-        "the model was trained with moe_router_load_balancing_type='sinkhorn', a routing that no "
+        f"the model was trained with moe_router_load_balancing_type={kind!r}, a routing that no "
         "Hugging Face model has: its output would differ"
     )
 
