@@ -58,6 +58,9 @@ QWEN2_MOE = Family(
         "torch-qwen2_moe-tp2-mixed": _QWEN2_MOE.but(
             format="torch", tp=2, moe_layer_freq=(0, 1, 1, 0), seed=144
         ),
+        "fsdp-qwen2_moe-tp2-ep2-dp2": _QWEN2_MOE.but(
+            format="fsdp_dtensor", tp=2, dp=2, ep=2, names="te", main_weights=True, seed=145
+        ),
     },
     config=_config,
     arguments=_arguments,
