@@ -63,7 +63,7 @@ def save_fsdp_dtensor(
         preserve_fp32_weights=spec.main_weights,
     )
     wrapped = FullyShardedDataParallel(
-        model.config, config, Float16Module(model.config, model), device=torch.device("cpu")
+        model.config, config, _half(model), device=torch.device("cpu")
     )
     if spec.main_weights:
         _load_main_weights(spec, wrapped, hf)
@@ -102,7 +102,7 @@ def save_torch_dcp(
     TorchFullyShardedDataParallel(
         model.config,
         TorchFullyShardedDataParallelConfig(),
-        Float16Module(model.config, model),
+        _half(model),
     )
     state = _state(spec, args)
     state["model"] = _named(spec, model.state_dict_for_save_checkpoint())
@@ -111,6 +111,16 @@ def save_torch_dcp(
         state["optimizer"] = {"state": {name: {"exp_avg": m} for name, m in moments.items()}}
         state["rng_state"] = [rng]
     save(state, storage_writer=FileSystemWriter(directory))
+
+
+def _half(model: GPTModel) -> Float16Module:
+    """The model in the dtype that it computes in. It rounds expert biases too, which in a run are
+    all zero then and get their values later."""
+    biases = {name: b for name, b in model.named_buffers() if name.endswith(".expert_bias")}
+    half = Float16Module(model.config, model)
+    for name, bias in biases.items():
+        model.get_buffer(name).data = bias
+    return half
 
 
 def _state(spec: Spec, args: Namespace) -> StateDict:

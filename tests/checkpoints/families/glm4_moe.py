@@ -78,6 +78,10 @@ GLM4_MOE = Family(
         "torch-glm4_moe-tp2-pp2-ep2": _GLM4_MOE.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=164
         ),
+        "fsdp-glm4_moe-ep2-dp4": _GLM4_MOE.but(
+            format="fsdp_dtensor", ep=2, dp=4, names="te", main_weights=True, seed=166
+        ),
+        "dcp-glm4_moe-dp2": _GLM4_MOE.but(format="torch_dcp", dp=2, seed=167),
         "torch-glm4_moe-tp2": _GLM4_MOE.but(format="torch", tp=2, qk_norm=False, seed=165),
     },
     config=_config,
