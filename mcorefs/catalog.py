@@ -5,10 +5,12 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     decoder.layers.{l}.self_attention.linear_qkv.weight
     decoder.layers.{l}.mlp.linear_fc1.weight                 [2F, H]: gate rows, then up rows
     decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight     [2F, H]
+    mtp.layers.{i}.transformer_layer.mlp.linear_fc1.weight   [2F, H]: no layer axis, ever
 
 Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
-`experts.experts`), transformer/mlp.py apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys).
+`experts.experts`), transformer/mlp.py apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys),
+transformer/multi_token_prediction.py (what is around the layer inside).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mcorefs.index import StoredTensor
-from mcorefs.names import expert_of, is_of_adapter, of_base, unwrapped
+from mcorefs.names import expert_of, is_of_adapter, of_base, of_mtp, unwrapped
 from mcorefs.views import Cat, Flatten, Permute, Select, Stored, Unflatten, View
 
 LAYER_STACKS = ("decoder.layers.",)
@@ -66,7 +68,7 @@ def _split(stored: Mapping[str, StoredTensor]) -> tuple[Named, Named]:
     base: Named = []
     adapter: Named = []
     for fqn, tensor in stored.items():
-        name = unwrapped(fqn)
+        name = of_mtp(unwrapped(fqn))
         if is_of_adapter(name):
             adapter.append((name, tensor))
         elif not NOT_WEIGHTS.search(name):

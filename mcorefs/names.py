@@ -22,6 +22,8 @@ _ADAPTER = re.compile(
 _WRAPPED = re.compile(r"\.(base_layer|original_module)(?=\.)")
 """What PEFT puts between a module that it adapts, or trains a copy of, and its parameters."""
 
+_MTP_LAYER = re.compile(r"(mtp\.layers\.\d{1,9}\.)mtp_model_layer\.(?!layers\.)")
+
 Expert = tuple[str, int, str]
 """(module that holds the experts, number, parameter): ("decoder.layers.0.mlp.experts", 3,
 "linear_fc1.weight")."""
@@ -48,6 +50,13 @@ def is_wrapped(name: str) -> bool:
 def of_base(name: str) -> str:
     """`name` as it is without PEFT around its module."""
     return _WRAPPED.sub("", name)
+
+
+def of_mtp(name: str) -> str:
+    """`name` with what torch_dist calls the layer inside a multi-token prediction layer: modules,
+    and so all other formats, call it `transformer_layer` up to megatron-core 0.16, then
+    `mtp_model_layer`. That of a hybrid model is a stack of layers, and remains as it is."""
+    return _MTP_LAYER.sub(r"\1transformer_layer.", name)
 
 
 def expert_of(name: str) -> Expert | None:

@@ -147,6 +147,34 @@ DIALECTS = (
 )
 
 
+@pytest.mark.parametrize("inside", ["transformer_layer", "mtp_model_layer"])
+@pytest.mark.parametrize("wrapper", ["", "module.", "model."])
+def test_the_layer_inside_one_for_multi_token_prediction(inside: str, wrapper: str) -> None:
+    """It never has a layer axis, and its experts have theirs."""
+    at = f"{wrapper}mtp.layers.1."
+    assert_canonical(
+        {
+            f"{at}eh_proj.weight": EMBEDDING,
+            f"{at}{inside}.input_layernorm.weight": EMBEDDING[0],
+            f"{at}{inside}.mlp.experts.experts.linear_fc1.weight": FC1[0],
+        },
+        {
+            "mtp.layers.1.eh_proj.weight": EMBEDDING,
+            "mtp.layers.1.transformer_layer.input_layernorm.weight": EMBEDDING[0],
+            **{
+                f"mtp.layers.1.transformer_layer.mlp.experts.{e}.linear_fc1.weight": FC1[0, e]
+                for e in range(EXPERTS)
+            },
+        },
+    )
+
+
+def test_a_stack_of_layers_inside_is_no_layer() -> None:
+    """Of a hybrid model."""
+    name = "mtp.layers.0.mtp_model_layer.layers.0.mixer.D"
+    assert_canonical({name: EMBEDDING}, {name: EMBEDDING})
+
+
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "model.module.", "module.module."])
 def test_every_dialect_is_the_same_model(dialect: type[dict[str, Array]], prefix: str) -> None:
