@@ -8,6 +8,7 @@ context parallelism, and an oracle whose weights are the model's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import MtpModel
 
 from .megatron_model import build_models
 from .spec import Spec
@@ -40,7 +42,24 @@ def _tokens(spec: Spec) -> Tensor:
 def save_expected(spec: Spec, hf: Path, path: Path) -> None:
     """What transformers' model in `hf` makes of some tokens, in fp32."""
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    torch.save(model(_tokens(spec)).logits, path)
+    tokens = _tokens(spec)
+    made = model(tokens, output_hidden_states=True)
+    torch.save([made.logits, *_predictions(spec, model, tokens, made.hidden_states[-1])], path)
+
+
+def _predictions(
+    spec: Spec, model: PreTrainedModel, tokens: Tensor, hidden: Tensor
+) -> Iterator[Tensor]:
+    """What transformers' layers for multi-token prediction make of each token and the next."""
+    if spec.mtp:
+        behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
+        layers = MtpModel.from_pretrained(model)
+    for number in range(spec.mtp):
+        tokens, hidden = tokens[:, 1:], hidden[:, :-1]
+        places = torch.arange(tokens.shape[1])[None]
+        hidden = layers.forward_layer(number, hidden, places, None, input_ids=tokens)
+        yield model.lm_head(hidden)
 
 
 @torch.no_grad()
@@ -50,18 +69,37 @@ def check(spec: Spec, model: GPTModel, expected: Path) -> None:
     moe_utils.te_general_gemm = None  # megatron-core 0.16.1 forgets this name without TE
     (exact,) = build_models(spec.but(dtype="fp32"))
     exact.load_state_dict(model.state_dict())
-    found, wanted = _logits(spec, exact.eval()), torch.load(expected)
-    difference, scale = ((a.abs().max().item()) for a in (found - wanted, wanted))
-    if not difference < TOLERANCE * max(scale, 1.0):
-        raise AssertionError(f"logits of magnitude {scale:.2f} differ by {difference:.2g}")
+    for depth, (found, wanted) in enumerate(
+        zip(_logits(spec, exact.eval()), torch.load(expected), strict=True)
+    ):
+        known = found[:, : wanted.shape[1]]  # the last tokens have no next one
+        difference, scale = ((a.abs().max().item()) for a in (known - wanted, wanted))
+        if not difference < TOLERANCE * max(scale, 1.0):
+            raise AssertionError(
+                f"logits of magnitude {scale:.2f} differ by {difference:.2g} (depth {depth})"
+            )
 
 
-def _logits(spec: Spec, model: GPTModel) -> Tensor:
+def _logits(spec: Spec, model: GPTModel) -> Iterator[Tensor]:
+    """Those of the model, and those of each of its layers for multi-token prediction."""
     tokens = _tokens(spec)
     length = tokens.shape[1]
     mask = torch.ones(1, 1, length, length).triu(1).bool()
+    places = torch.arange(length)[None]
+    hidden: list[Tensor] = []
+    model.decoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    model.mtp_process, model.config.mtp_num_layers = False, None  # they are for training only
     with CudaMeansCpu():  # for the mask of a sliding window
-        local = model(tokens, torch.arange(length)[None], mask)
+        yield _whole(spec, model(tokens, places, mask))
+        if spec.mtp:
+            made = model.mtp(tokens, places, hidden[0], mask, embedding=model.embedding)
+            weight = model.shared_embedding_or_output_weight() if spec.tied else None
+            for one in made.chunk(1 + spec.mtp)[1:]:
+                yield _whole(spec, model.output_layer(one, weight=weight)[0].transpose(0, 1))
+
+
+def _whole(spec: Spec, local: Tensor) -> Tensor:
+    """The logits of which each tensor-parallel rank has `local`."""
     parts = [torch.empty_like(local) for _ in range(spec.tp)]
     group = parallel_state.get_tensor_model_parallel_group()
     torch.distributed.all_gather(parts, local.contiguous(), group=group)

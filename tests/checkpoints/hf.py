@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -37,7 +39,39 @@ _CORPUS = (
 
 def save_model(spec: Spec, directory: Path) -> None:
     options = {} if spec.hf_max_shard_size is None else {"max_shard_size": spec.hf_max_shard_size}
-    build_model(spec).save_pretrained(directory, **options)
+    model = build_model(spec) if not spec.mtp else build_model_with_mtp(spec)
+    model.save_pretrained(directory, **options)
+
+
+def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
+    """As on the hub, where the layers for multi-token prediction are named as the decoder's next,
+    with copies of the embedding and the output layer. transformers' class has no place for them:
+    it is made with more layers, which hold what else there is, and then says that it has fewer."""
+    freq = spec.moe_layer_freq
+    more = None if freq is None else (*freq, *(freq[-1],) * spec.mtp)
+    model = build_model(spec.but(layers=spec.layers + spec.mtp, moe_layer_freq=more, mtp=0))
+    generator = torch.Generator().manual_seed(spec.seed + 1)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers: nn.ModuleList = model.model.layers
+    for layer in layers[spec.layers :]:
+        for name in ("enorm", "hnorm"):
+            layer.add_module(name, _norm(layer, generator))
+        projection = nn.Linear(2 * spec.hidden, spec.hidden, bias=False, dtype=model.dtype)
+        projection.weight.data.normal_(0.0, 0.05, generator=generator)
+        layer.eh_proj = projection
+        layer.shared_head = nn.Module()
+        layer.shared_head.norm = _norm(layer, generator)
+        layer.embed_tokens = copy.deepcopy(embedding)
+        layer.shared_head.head = copy.deepcopy(head)
+    model.config = _config(spec)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _norm(layer: nn.Module, generator: torch.Generator) -> nn.Module:
+    norm = copy.deepcopy(layer.get_submodule("input_layernorm"))
+    norm.get_parameter("weight").data.uniform_(0.5, 1.5, generator=generator)
+    return norm
 
 
 def build_model(spec: Spec) -> PreTrainedModel:

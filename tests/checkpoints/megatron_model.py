@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -20,6 +23,7 @@ from .families import FAMILIES
 from .hf import TORCH_DTYPES
 from .saved_args import model_args
 from .spec import Spec
+from .stand_ins import LatentCore
 from .te_linear import TELinear
 
 
@@ -46,7 +50,8 @@ def build_models(spec: Spec) -> list[GPTModel]:
 def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
     """As `core_transformer_config_from_args` of Megatron-LM's training/arguments.py, but for what
     needs a GPU."""
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    kind = MLATransformerConfig if args["multi_latent_attention"] else TransformerConfig
+    known = {field.name for field in dataclasses.fields(kind)} - {"rope_type"}  # None: its default
     named = {name: value for name, value in args.items() if name in known}
     dtype = TORCH_DTYPES[spec.dtype]
     named |= {
@@ -78,7 +83,7 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
         "use_cpu_initialization": True,
         "perform_initialization": spec.format == "fsdp_dtensor",  # it notes how parameters are cut
     }
-    return TransformerConfig(**{**named, **without_gpu})
+    return kind(**{**named, **without_gpu})
 
 
 def _block_spec(
@@ -89,10 +94,12 @@ def _block_spec(
     )
     first = get_transformer_layer_offset(config, vp_stage=stage)
     for layer_number, layer in enumerate(block.layer_specs, first):
-        if spec.has_experts(layer_number) and not spec.local_norm_keys:
-            layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+        attention = layer.submodules.self_attention.submodules
+        if not spec.local_norm_keys:
+            _name_norms(layer.submodules.sharded_state_dict_keys_map, spec, layer_number)
+        if spec.kv_lora:
+            attention.core_attention = LatentCore
         if FAMILIES[spec.family].norms_whole_projections:
-            attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
     return block
 
@@ -104,6 +111,7 @@ def _build_stage(
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, block, False, vp_stage=stage),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -129,3 +137,16 @@ def _build_stage(
             if name.endswith("mlp.router.weight"):
                 parameter.data = parameter.data.float()
     return model
+
+
+def _name_norms(keys: dict[str, str], spec: Spec, layer: int) -> None:
+    """Make `keys` rename the norms of a layer to what they are called in TransformerEngine's
+    specs (megatron/core/models/gpt/gpt_layer_specs.py), which fuse them with the linear layer
+    behind: of latents, too, but none that a router or a down projection is in the way of."""
+    if spec.kv_lora:
+        for latent in ("q", "kv"):
+            at = f"self_attention.{latent}_layernorm."
+            keys[at] = f"self_attention.linear_{latent}_up_proj.layer_norm_"
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    if spec.has_experts(layer):
+        keys.pop("pre_mlp_layernorm.", None)

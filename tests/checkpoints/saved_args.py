@@ -23,7 +23,7 @@ def saved_args(spec: Spec, tokenizer: str, root: PurePath, rank: int) -> Namespa
 def model_args(spec: Spec) -> dict[str, Any]:
     """Those that say which model it is and how it is cut."""
     family = FAMILIES[spec.family].arguments(spec)
-    return {**_architecture(spec), **_experts(spec), **_parallel(spec), **family}
+    return {**_architecture(spec), **_latent(spec), **_experts(spec), **_parallel(spec), **family}
 
 
 def _architecture(spec: Spec) -> dict[str, Any]:
@@ -59,7 +59,6 @@ def _architecture(spec: Spec) -> dict[str, Any]:
         "add_bias_linear": spec.linear_bias,
         "add_qkv_bias": spec.linear_bias,
         "untie_embeddings_and_output_weights": not spec.tied,
-        "multi_latent_attention": False,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "attention_softmax_in_fp32": True,
@@ -67,10 +66,29 @@ def _architecture(spec: Spec) -> dict[str, Any]:
         "init_method_std": 0.02,
         "window_size": None if spec.window is None else (spec.window - 1, 0),
         "window_attn_skip_freq": None,
-        "mtp_num_layers": None,
+        "mtp_num_layers": spec.mtp or None,
         "spec": None,
         "hybrid_override_pattern": None,
         "is_hybrid_model": False,
+    }
+
+
+def _latent(spec: Spec) -> dict[str, Any]:
+    """Every run has these, whatever its attention: megatron/training/arguments.py _add_mla_args."""
+    factor, mscale, all_dim = spec.yarn or (1.0, 1.0, 0.0)
+    sizes = (32, 128, 64, 128)
+    if spec.kv_lora:
+        sizes = (spec.kv_lora, spec.qk_nope, spec.qk_rope, spec.v_head)
+    names = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    return {
+        "multi_latent_attention": spec.kv_lora > 0,
+        "q_lora_rank": spec.q_lora,
+        **dict(zip(names, sizes, strict=True)),
+        "rotary_scaling_factor": factor,
+        "mscale": mscale,
+        "mscale_all_dim": all_dim,
+        "rope_type": None,
+        "cache_mla_latents": False,
     }
 
 

@@ -92,6 +92,17 @@ class Spec:
     """The output layer gives that many scores (ms-swift's task_type seq_cls); 0: words."""
     bare: bool = False
     """There is no output layer (ms-swift's task_type embedding)."""
+    kv_lora: int = 0
+    """Rank of the latent of keys and values; 0 for a model without multi-latent attention."""
+    q_lora: int | None = None
+    """Rank of the latent of queries, if they have one."""
+    qk_nope: int = 12
+    qk_rope: int = 8
+    v_head: int = 10
+    yarn: tuple[float, float, float] | None = None
+    """(factor, mscale, mscale_all_dim) that stretch the rotary embeddings of latent attention."""
+    mtp: int = 0
+    """Layers for multi-token prediction."""
     seed: int = 20
 
     # The save.
@@ -146,6 +157,8 @@ class Spec:
         expert_ranks = self.ep * self.expert_tp * self.pp
         if self.world % expert_ranks:
             raise ValueError(f"world {self.world} is not a multiple of ep*etp*pp = {expert_ranks}")
+        if self.mtp and self.vpp is not None:
+            raise ValueError("megatron-core's last virtual stage would hold an embedding")
         if self.moe_layer_freq is not None and len(self.moe_layer_freq) != self.layers:
             raise ValueError("moe_layer_freq needs one entry per layer")
 

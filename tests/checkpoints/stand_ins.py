@@ -10,6 +10,8 @@ import torch
 from megatron.core import model_parallel_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
@@ -32,9 +34,19 @@ def prepare() -> None:
     # A synchronous save collects its results in this very process: no need for the server process
     # that would be spawned for the queue, and would import everything again.
     filesystem_async._results_queue = queue.Queue()
+    multi_latent_attention.HAVE_TE = False  # where it is not, its names are None, not missing
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     model_parallel_config.warnings = warnings  # 0.15 uses it without importing it
     torch.nn.Parameter.type = parameter_type  # type: ignore[method-assign, assignment]
+
+
+class LatentCore(DotProductAttention):  # type: ignore[misc]
+    """Megatron's own attention for multi-latent attention, with which it is used only by its tests:
+    it does not know of values whose heads have another size than those of keys."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
 class CudaMeansCpu(TorchFunctionMode):

@@ -31,6 +31,9 @@ def save_rank(
     spec: Spec, models: list[GPTModel], args: Namespace, optimizer: Any, rng: Any, root: Path
 ) -> None:
     """Write this rank's file, if it is one of those that write. `optimizer`, `rng`: may be None."""
+    states = [model.state_dict_for_save_checkpoint() for model in models]
+    if spec.names != "local":
+        states = list(map(_with_whole_down_projections, states))
     first = parallel_state.get_data_parallel_rank() == 0
     if not first and parallel_state.get_expert_data_parallel_rank() != 0:
         return
@@ -38,9 +41,9 @@ def save_rank(
     path.parent.mkdir(parents=True, exist_ok=True)
     state: StateDict = {} if spec.common == "no_args" else {"args": args}
     state |= {"checkpoint_version": 3.0, "iteration": args.iteration}
-    for number, model in enumerate(models):
+    for number, saved in enumerate(states):
         key = "model" if len(models) == 1 else f"model{number}"
-        state[key] = _named(spec, model.state_dict_for_save_checkpoint())
+        state[key] = _named(spec, saved)
     if optimizer is not None:
         state["optimizer"] = optimizer.state_dict()
         state["opt_param_scheduler"] = {"max_lr": 1e-4, "num_steps": 12_800}
@@ -73,6 +76,23 @@ def flatten(models: list[GPTModel]) -> None:
             raise AssertionError(f"{len(parameters)} parameters lie in {len(storages)} storages")
 
 
+def _with_whole_down_projections(state: StateDict) -> StateDict:
+    """TransformerEngine's down projections to latents are not parallel
+    (megatron/core/transformer/multi_latent_attention.py). Collective."""
+    whole: StateDict = {}
+    for name, value in state.items():
+        if name.endswith("_down_proj.weight"):
+            parts = [
+                torch.empty_like(value)
+                for _ in range(parallel_state.get_tensor_model_parallel_world_size())
+            ]
+            torch.distributed.all_gather(
+                parts, value.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+            )
+            whole[name] = torch.cat(parts)
+    return {**state, **whole}
+
+
 def _named(spec: Spec, state: StateDict) -> StateDict:
     """The state dict under the names (and in the layouts) that `spec` asks for."""
     if spec.names == "local":
@@ -81,7 +101,7 @@ def _named(spec: Spec, state: StateDict) -> StateDict:
     experts: dict[str, dict[str, list[Tensor]]] = {}
     for name, value in state.items():
         if match := _EXPERT.match(name):
-            experts.setdefault(match[1], {}).setdefault(match[3], []).append(value)
+            experts.setdefault(_mtp_name(match[1]), {}).setdefault(match[3], []).append(value)
         else:
             named[te_name(name, state)] = value
             if re.search(r"\.linear_(qkv|proj|fc[12])\.weight$", name):
@@ -99,14 +119,22 @@ def _named(spec: Spec, state: StateDict) -> StateDict:
 
 
 def te_name(name: str, state: StateDict) -> str:
-    """Norms are part of the linear layer behind them; a router is in the way of that."""
-    layer, _, rest = name.rpartition("input_layernorm.")
-    if layer:
-        return f"{layer}self_attention.linear_qkv.layer_norm_{rest}"
-    layer, _, rest = name.rpartition("pre_mlp_layernorm.")
-    if layer and f"{layer}mlp.router.weight" not in state:
-        return f"{layer}mlp.linear_fc1.layer_norm_{rest}"
-    return name
+    """Norms are part of the linear layer behind them, if there is just one. What is inside a layer
+    for multi-token prediction is called what megatron-core calls it since 0.17."""
+    for norm, linear in (
+        ("input_layernorm.", "self_attention.linear_qkv."),
+        ("pre_mlp_layernorm.", "mlp.linear_fc1."),
+        ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj."),
+        ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj."),
+    ):
+        layer, found, rest = name.rpartition(norm)
+        if found and f"{layer}{linear}weight" in state:
+            name = f"{layer}{linear}layer_norm_{rest}"
+    return _mtp_name(name)
+
+
+def _mtp_name(name: str) -> str:
+    return name.replace(".transformer_layer.", ".mtp_model_layer.")
 
 
 def _extra_state(number: int) -> Any:

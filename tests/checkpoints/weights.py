@@ -120,6 +120,9 @@ def local_tensor(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     if match := re.match(r"decoder\.layers\.(\d+)\.", name):
         layer = match[1]
         name = "decoder.layers.{layer}." + name[match.end() :]
+    elif match := re.match(r"mtp\.layers\.(\d+)\.(transformer_layer\.)?", name):
+        layer = str(spec.layers + int(match[1]))
+        name = ("decoder" if match[2] else "mtp") + ".layers.{layer}." + name[match.end() :]
     if match := re.search(r"\.local_experts\.(\d+)\.", name):
         expert = str(rank.ep * (spec.experts // spec.ep) + int(match[1]))
         name = f"{name[: match.start()]}.local_experts.{{expert}}.{name[match.end() :]}"

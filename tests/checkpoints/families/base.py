@@ -120,6 +120,35 @@ DECODER: Mapping[str, Value] = {
 }
 """What most decoders call their tensors; a model may have only some of them."""
 
+LATENT_ATTENTION: Mapping[str, Value] = {
+    LAYER + "self_attention.linear_q_proj.weight": Rows(HF_LAYER + "self_attn.q_proj.weight"),
+    LAYER + "self_attention.linear_q_down_proj.weight": Rows(
+        HF_LAYER + "self_attn.q_a_proj.weight"
+    ),
+    LAYER + "self_attention.q_layernorm.weight": Norm(HF_LAYER + "self_attn.q_a_layernorm.weight"),
+    LAYER + "self_attention.linear_q_up_proj.weight": Rows(HF_LAYER + "self_attn.q_b_proj.weight"),
+    LAYER + "self_attention.linear_kv_down_proj.weight": Rows(
+        HF_LAYER + "self_attn.kv_a_proj_with_mqa.weight"
+    ),
+    LAYER + "self_attention.kv_layernorm.weight": Norm(
+        HF_LAYER + "self_attn.kv_a_layernorm.weight"
+    ),
+    LAYER + "self_attention.linear_kv_up_proj.weight": Rows(
+        HF_LAYER + "self_attn.kv_b_proj.weight"
+    ),
+}
+"""Megatron's own modules for down projections are column parallel."""
+
+MTP = "mtp.layers.{layer}."
+MTP_BEHIND: Mapping[str, Value] = {
+    MTP + "enorm.weight": Norm(HF_LAYER + "enorm.weight"),
+    MTP + "hnorm.weight": Norm(HF_LAYER + "hnorm.weight"),
+    MTP + "eh_proj.weight": Rows(HF_LAYER + "eh_proj.weight"),
+    MTP + "final_layernorm.weight": Norm(HF_LAYER + "shared_head.norm.weight"),
+}
+"""{layer} counts on behind the decoder's. Names: the hub's index of deepseek-ai/DeepSeek-V3, and
+Megatron-Bridge:src/megatron/bridge/models/deepseek/common.py."""
+
 # -- the transformers config ----------------------------------------------------------------------
 
 
@@ -152,6 +181,33 @@ def decoder_config(spec: Spec) -> Values:
     }
 
 
+def latent_config(spec: Spec) -> Values:
+    """What the config classes of models with multi-latent attention call the same."""
+    found = dict(decoder_config(spec))
+    del found["head_dim"]
+    if spec.yarn is not None:
+        factor, mscale, all_dim = spec.yarn
+        found["rope_parameters"] = {
+            "rope_type": "yarn",
+            "rope_theta": float(spec.rope_theta),
+            "factor": factor,
+            "mscale": mscale,
+            "mscale_all_dim": all_dim,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 4096,
+        }
+    return {
+        **found,
+        "num_key_value_heads": spec.heads,
+        "q_lora_rank": spec.q_lora,
+        "kv_lora_rank": spec.kv_lora,
+        "qk_nope_head_dim": spec.qk_nope,
+        "qk_rope_head_dim": spec.qk_rope,
+        "v_head_dim": spec.v_head,
+    }
+
+
 # -- the family -----------------------------------------------------------------------------------
 
 
@@ -170,4 +226,5 @@ class Family:
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
-    """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers."""
+    """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers. The layer
+    inside one for multi-token prediction is the decoder's next."""
