@@ -36,7 +36,7 @@ def choose(
     model_type = reference.config.get("model_type")
     if named is not None:
         family = _by_name(named, "--family")
-        if model_type not in (None, family.name):
+        if model_type is not None and not family.is_called(model_type):
             raise MappingError(
                 f"--family is {named} but model_type in {reference.where} is {model_type}; "
                 "pass the one that is right",
@@ -46,7 +46,9 @@ def choose(
     if isinstance(model_type, str):
         family = _by_name(model_type, f"model_type in {reference.where}")
         return Choice(family, (f"model_type {model_type} in {reference.where}",))
-    if (hinted := next((family for family in FAMILIES if family.name == hint), None)) is not None:
+    if (
+        hinted := next((family for family in FAMILIES if family.is_called(hint)), None)
+    ) is not None:
         return Choice(hinted, (f"the trainer names model_type {hint}",))
     return _shown(tensors, facts)
 
@@ -98,7 +100,7 @@ def _undecided(
 
 def _by_name(name: str, where: str) -> Family:
     for family in FAMILIES:
-        if name in (family.name, family.architecture):
+        if family.is_called(name):
             return family
     known = ", ".join(family.name for family in FAMILIES)
     raise MappingError(f"{where} is {name!r}, which is not supported yet. Supported: {known}", [])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from mcorefs.mapping import latent
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
 from mcorefs.mapping.reference import Reference
@@ -18,7 +19,8 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-_ROUTER = re.compile(r"decoder\.layers\.(\d+)\.mlp\.router\.weight$")
+_MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
+_ROUTER = ".mlp.router.weight"
 
 MLPS = {"ffn": "mlp", "moe_ffn": "mlp.experts.0", "shared_ffn": "mlp.shared_experts"}
 """The sizes of the MLPs that a layer may have."""
@@ -34,6 +36,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "shared_ffn": ("moe_shared_expert_intermediate_size",),
     "padded_vocab": ("padded_vocab_size",),
     "positions": ("max_position_embeddings",),
+    **latent.CLAIMS,
 }
 """Arguments that state a size which shapes prove (Megatron-LM:megatron/training/arguments.py)."""
 
@@ -67,13 +70,14 @@ def gather(
     if (positions := tensors.get(POSITIONS)) is not None and len(positions.shape) == 2:
         dims["positions"] = positions.shape[0]
     _attention(dims, first, args, reference, problems)
+    dims |= latent.latent_sizes(first, args, problems)
+    _mtp(dims, tensors, args, problems)
     for name, mlp in MLPS.items():
         if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
             dims[name] = fc2.shape[1]
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]
     _check_claims(dims, args, problems)
-    moe_layers = frozenset(int(m[1]) for name in tensors if (m := _ROUTER.match(name)))
     dtype = tensors[EMBEDDING].dtype.torch if EMBEDDING in tensors else "bfloat16"
     tied = HEAD not in tensors
     untied = args.get("untie_embeddings_and_output_weights")
@@ -93,7 +97,7 @@ def gather(
             f"checkpoint stores {HEAD}: it is served as it is, and tie_word_embeddings is false"
         )
     kinds = frozenset(map(kind, tensors))
-    return Facts(dims, args, moe_layers, tied, dtype, kinds), remarks, problems
+    return Facts(dims, args, _moe_layers(tensors, dims), tied, dtype, kinds), remarks, problems
 
 
 def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
@@ -106,6 +110,34 @@ def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
     if gaps := sorted(set(range(count)) - layers):
         problems.append(f"layers {gaps} hold no tensor at all although layer {count - 1} does")
     return count
+
+
+def _moe_layers(tensors: Mapping[str, View], dims: Mapping[str, int]) -> frozenset[int]:
+    routers = [name for name in tensors if name.endswith(_ROUTER)]
+    decoder = {int(m[1]) for name in routers if (m := _LAYER.match(name))}
+    behind = {dims["layers"] + int(m[1]) for name in routers if (m := _MTP_LAYER.match(name))}
+    return frozenset(decoder | behind)
+
+
+def _mtp(
+    dims: dict[str, int],
+    tensors: Mapping[str, View],
+    args: Mapping[str, object],
+    problems: list[str],
+) -> None:
+    """mtp and mtp_columns: how many layers for multi-token prediction there are, and how wide what
+    they are given is. With mtp_use_repeated_layer, one is used that many times."""
+    found = {int(m[1]) for name in tensors if (m := _MTP_LAYER.match(name))}
+    if gaps := sorted(set(range(min(max(found, default=-1) + 1, MAX_LAYERS))) - found):
+        problems.append(f"layers {gaps} for multi-token prediction hold no tensor at all")
+    if found:
+        dims["mtp"], dims["mtp_columns"] = len(found), 2 * dims.get("hidden", 0)
+    said = _int(args.get("mtp_num_layers")) or 0
+    if said != len(found) and not args.get("mtp_use_repeated_layer"):
+        problems.append(
+            f"mtp_num_layers is {said} in the training arguments but the checkpoint holds "
+            f"{len(found)} layers for multi-token prediction"
+        )
 
 
 def _first_layer_with(tensors: Mapping[str, View]) -> Mapping[str, View]:

@@ -29,18 +29,24 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels.
+    experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels;
+    mtp, the number of layers for multi-token prediction; those of latent attention (`latent`).
     Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
-    """Layers that have a router."""
+    """Layers that have a router; those for multi-token prediction count on behind the decoder's."""
     tied: bool
     """The checkpoint stores no output layer."""
     dtype: str
     """torch name of the dtype of the stored embedding."""
     kinds: frozenset[str]
     """The `kind` of every canonical tensor."""
+
+    @property
+    def mtp_layers(self) -> range:
+        """Numbers of the layers for multi-token prediction, behind those of the decoder."""
+        return range(self.dims["layers"], self.dims["layers"] + self.dims.get("mtp", 0))
 
     @property
     def dense_layers(self) -> list[int]:
@@ -65,7 +71,7 @@ class Rule:
     """One Hugging Face tensor, or one per {layer} and {expert}."""
 
     hf: str
-    """Name, with the placeholders {layer} and {expert}, which are enumerated."""
+    """Name, with the placeholders {layer}, {expert} and {mtp}, which are enumerated."""
     source: str | tuple[str, ...]
     """Canonical tensor with the same placeholders; of several, the one that is there."""
     shape: tuple[str | int, ...]
@@ -80,6 +86,9 @@ class Rule:
     """Name to sort by where transformers holds it as part of a fused parameter, or renamed."""
     is_buffer: bool = False
     """transformers holds it as a buffer, which it does not count among the parameters."""
+    stack: Literal["decoder", "mtp"] = "decoder"
+    """Whose layers: those for multi-token prediction are {mtp} by themselves, from 0, and {layer}
+    as if they came behind the decoder's. The rule holds where the model has them."""
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -135,9 +144,15 @@ class Family:
     given: tuple[str, ...] = ()
     """Arguments that must be set for the family to be chosen by itself: what tells it from another
     with the same tensors."""
+    other_names: tuple[str, ...] = ()
+    """model_types of what is the same model, with code of its own; served under `name`."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""
+
+    def is_called(self, name: object) -> bool:
+        """Whether `name` is a model_type or the architecture of the family."""
+        return name in (self.name, self.architecture, *self.other_names)
 
     def but(self, **changes: object) -> Family:
         """This family with some fields changed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -52,48 +53,55 @@ def plan(
     used: set[str] = set()
     planned: list[tuple[object, HfTensor]] = []
     for position, rule in enumerate(family.rules):
-        for layer, expert in _places(rule, facts):
-            source = _source(rule, layer, expert, tensors)
+        for place in _places(rule, facts):
+            source = _source(rule, place, tensors)
             if source is None:
-                problems.missing(rule, layer, expert)
+                problems.missing(rule, place)
                 continue
             used.add(source)
-            name = _fill(rule.hf, layer, expert)
+            name = place.fill(rule.hf)
             view = _apply(rule, name, tensors[source], facts, dtype, problems)
             if view is None:
                 continue
-            place = _place(family, rule, name, layer, expert, position)
-            tensor = HfTensor(name, view, _storage(rule, layer), rule.is_buffer)
-            planned.append((place, tensor))
+            tensor = HfTensor(name, view, _storage(rule, place), rule.is_buffer)
+            planned.append((_sort_key(family, rule, name, place, position), tensor))
     problems.unused(set(tensors) - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
     return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
 
 
-def _places(rule: Rule, facts: Facts) -> Iterator[tuple[int, int]]:
-    """(layer, expert) for each tensor of the rule; 0 stands where there is no placeholder."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What the placeholders of a rule stand for; 0 where it has none."""
+
+    layer: int = 0
+    expert: int = 0
+    mtp: int = 0
+
+    def fill(self, pattern: str) -> str:
+        for name, number in (("layer", self.layer), ("expert", self.expert), ("mtp", self.mtp)):
+            pattern = pattern.replace(f"{{{name}}}", str(number))
+        return pattern
+
+
+def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
+    """The place of each tensor of the rule."""
     if rule.when and rule.when not in facts.kinds:
-        return iter(())
-    layers: Iterable[int] = (0,)
-    if "{layer}" in rule.hf:
-        layers = (
-            layer
-            for layer in range(facts.dims["layers"])
-            if rule.layers == "all" or (layer in facts.moe_layers) == (rule.layers == "moe")
-        )
+        return
+    first, layers = 0, range(1)
+    if rule.stack == "mtp":
+        first, layers = facts.dims["layers"], facts.mtp_layers
+    elif "{layer}" in rule.hf:
+        layers = range(facts.dims["layers"])
     experts = range(facts.dims.get("experts", 0)) if "{expert}" in rule.hf else range(1)
-    return ((layer, expert) for layer in layers for expert in experts)
+    for layer in layers:
+        if rule.layers == "all" or (layer in facts.moe_layers) == (rule.layers == "moe"):
+            for expert in experts:
+                yield _Place(layer, expert, layer - first)
 
 
-def _source(rule: Rule, layer: int, expert: int, tensors: Mapping[str, View]) -> str | None:
-    for pattern in rule.sources:
-        if (name := _fill(pattern, layer, expert)) in tensors:
-            return name
-    return None
-
-
-def _fill(pattern: str, layer: int, expert: int) -> str:
-    return pattern.replace("{layer}", str(layer)).replace("{expert}", str(expert))
+def _source(rule: Rule, place: _Place, tensors: Mapping[str, View]) -> str | None:
+    return next((name for s in rule.sources if (name := place.fill(s)) in tensors), None)
 
 
 def _apply(
@@ -117,21 +125,21 @@ def _apply(
     return view
 
 
-def _place(family: Family, rule: Rule, name: str, layer: int, expert: int, position: int) -> object:
+def _sort_key(family: Family, rule: Rule, name: str, place: _Place, position: int) -> object:
     """Sort key that reproduces the order of save_pretrained."""
     if family.natural_order:
-        sorts_as = _fill(rule.sorts_as, layer, expert) if rule.sorts_as else name
-        return (natural_key(sorts_as), position, expert)
+        sorts_as = place.fill(rule.sorts_as) if rule.sorts_as else name
+        return (natural_key(sorts_as), position, place.expert)
     if "{layer}" in rule.hf:
-        return ((1, layer), position, expert)
+        return ((1, place.layer), position, place.expert)
     in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
     return ((0 if position < in_layers else 2, 0), position, 0)
 
 
-def _storage(rule: Rule, layer: int) -> str:
+def _storage(rule: Rule, place: _Place) -> str:
     """transformers splits what it holds fused into one tensor per projection, whose parts (the
     experts) share its memory (transformers/core_model_loading.py Chunk, SplitModulelist)."""
-    return rule.hf.replace("{layer}", str(layer)) if rule.sorts_as else ""
+    return _Place(place.layer, mtp=place.mtp).fill(rule.hf) if rule.sorts_as else ""
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
@@ -149,11 +157,11 @@ class _Problems:
     def add(self, kind: str, text: str) -> None:
         self._by_rule.setdefault(kind, []).append(text)
 
-    def missing(self, rule: Rule, layer: int, expert: int) -> None:
-        wanted = " or ".join(_fill(source, layer, expert) for source in rule.sources)
+    def missing(self, rule: Rule, place: _Place) -> None:
+        wanted = " or ".join(map(place.fill, rule.sources))
         self.add(
             f"missing {rule.source}",
-            f"{_fill(rule.hf, layer, expert)} needs {wanted}, which the checkpoint does not hold",
+            f"{place.fill(rule.hf)} needs {wanted}, which the checkpoint does not hold",
         )
 
     def unused(self, names: Iterable[str]) -> None:
@@ -186,10 +194,9 @@ def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[st
     arguments, and shapes (of the first tensor of each rule)."""
     problems = _Problems()
     for rule in family.rules:
-        for layer, expert in itertools.islice(_places(rule, facts), 1):
-            if (source := _source(rule, layer, expert, tensors)) is not None:
-                name = _fill(rule.hf, layer, expert)
-                _apply(rule, name, tensors[source], facts, None, problems)
+        for place in itertools.islice(_places(rule, facts), 1):
+            if (source := _source(rule, place, tensors)) is not None:
+                _apply(rule, place.fill(rule.hf), tensors[source], facts, None, problems)
     unset = (f"{name} is not set" for name in family.given if facts.arg(name) is None)
     return [*unset, *_unexpressed(family, facts), *problems]
 
@@ -201,11 +208,11 @@ def against(family: Family, facts: Facts) -> list[str]:
     for rule in family.rules:
         if rule.when and rule.when not in facts.kinds:
             continue
-        sources = {
-            source.replace("{layer}", "*").replace("{expert}", "*") for source in rule.sources
-        }
+        sources = {re.sub(r"\{\w+\}", "*", source) for source in rule.sources}
         used |= sources
-        is_needed = rule.layers != "dense" or facts.dense_layers
+        is_needed = rule.layers != "dense" or bool(facts.dense_layers)
+        if rule.stack == "mtp":
+            is_needed = any(True for _ in _places(rule, facts))
         if is_needed and not sources & facts.kinds:
             reasons.append(f"lacks {' or '.join(sorted(sources))}")
     reasons += [f"has {name}" for name in sorted(facts.kinds - used)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
@@ -16,6 +17,7 @@ from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     GLM4_MOE,
+    DEEPSEEK_V3,
     GPT2,
     LLAMA,
     MISTRAL,

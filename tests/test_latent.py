@@ -1,0 +1,286 @@
+"""Multi-latent attention and multi-token prediction: what shapes prove, what config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from mcorefs import catalog
+from mcorefs.errors import MappingError
+from mcorefs.formats.torch_dist import TorchDist
+from mcorefs.mapping.blocks.mla import MLA_KEYS, yarn_expressed
+from mcorefs.mapping.facts import gather
+from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
+from mcorefs.mapping.family import Facts, Proven, Soft
+from mcorefs.mapping.plan import plan
+from mcorefs.mapping.reference import NO_REFERENCE
+from mcorefs.model import Options, load
+from mcorefs.views import View
+from tests.checkpoints import Fixture, ensure
+from tests.edited import with_args
+from tests.test_config import reference, said
+from tests.test_plan import unread
+
+AT = "decoder.layers.{}.self_attention."
+LATENT, DIRECT = "deepseek_v3-tp2-mtp", "deepseek_v3-moonlight-tp2"
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> Mapping[str, Fixture]:
+    return ensure([LATENT, DIRECT, "deepseek_v3-ep2-two-mtp"])
+
+
+def canonical(fixture: Fixture) -> dict[str, View]:
+    return dict(catalog.build(TorchDist().index(fixture.iteration).tensors).tensors)
+
+
+def gathered(tensors: Mapping[str, View], **args: object) -> tuple[Facts, list[str]]:
+    facts, _, problems = gather(tensors, args, NO_REFERENCE, 301)
+    return facts, problems
+
+
+# -- sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [LATENT, DIRECT])
+def test_shapes_prove_every_size(fixtures: Mapping[str, Fixture], name: str) -> None:
+    spec = fixtures[name].spec
+    facts, problems = gathered(canonical(fixtures[name]), mtp_num_layers=spec.mtp or None)
+    assert problems == []
+    assert facts.dims["heads"] == facts.dims["groups"] == 8
+    found = [facts.dims[size] for size in ("kv_lora", "qk_nope", "qk_rope", "v_head")]
+    assert found == [spec.kv_lora, spec.qk_nope, spec.qk_rope, spec.v_head]
+    assert facts.dims.get("q_lora") == spec.q_lora
+    assert facts.dims.get("mtp", 0) == spec.mtp
+
+
+@pytest.mark.parametrize(
+    ("argument", "claim", "shown"),
+    [
+        ("q_lora_rank", 16, 32),
+        ("kv_lora_rank", 512, 24),
+        ("qk_head_dim", 128, 12),
+        ("qk_pos_emb_head_dim", 64, 8),
+        ("v_head_dim", 128, 10),
+        ("num_attention_heads", 16, 8),
+    ],
+)
+def test_arguments_that_contradict_shapes(
+    fixtures: Mapping[str, Fixture], argument: str, claim: int, shown: int
+) -> None:
+    tensors = canonical(fixtures[LATENT])
+    _, problems = gathered(tensors, **{"mtp_num_layers": 1, argument: claim})
+    assert problems == [
+        f"{argument} is {claim} in the training arguments but the tensor shapes say {shown}"
+    ]
+
+
+def test_queries_without_the_latent_that_arguments_claim(
+    fixtures: Mapping[str, Fixture],
+) -> None:
+    _, (problem,) = gathered(canonical(fixtures[DIRECT]), q_lora_rank=1536)
+    assert "q_lora_rank is 1536" in problem
+    assert "queries of the checkpoint have no latent" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("linear_kv_down_proj", 24), ("linear_kv_up_proj", 80), ("linear_q_proj", 9)]
+)
+def test_rows_that_no_number_of_heads_explains(
+    fixtures: Mapping[str, Fixture], name: str, rows: int
+) -> None:
+    tensors = canonical(fixtures[DIRECT])
+    weight = AT.format(0) + name + ".weight"
+    tensors[weight] = unread((rows, tensors[weight].shape[1]))
+    _, problems = gathered(tensors)
+    assert [problem for problem in problems if "which no number of heads explains" in problem]
+
+
+def test_both_kinds_of_queries_in_one_model(fixtures: Mapping[str, Fixture]) -> None:
+    tensors = canonical(fixtures[DIRECT])
+    for other in ("linear_q_down_proj", "linear_q_up_proj"):
+        tensors[AT.format(1) + other + ".weight"] = unread((32, 64))
+    facts, _ = gathered(tensors)
+    problems = plan(DEEPSEEK_V3, tensors, facts)[1]
+    assert any("q_a_layernorm.weight needs" in problem for problem in problems)
+
+
+def test_norms_of_latents_are_wanted(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    """Without --qk-layernorm there are none."""
+    tensors = canonical(fixtures[LATENT])
+    for layer in range(4):
+        for latent in ("q", "kv"):
+            del tensors[f"{AT.format(layer)}linear_{latent}_up_proj.layer_norm_weight"]
+    facts, _ = gathered(tensors, mtp_num_layers=1)
+    problems = plan(DEEPSEEK_V3, tensors, facts)[1]
+    for name in ("q_a_layernorm", "kv_a_layernorm"):
+        assert any(f"{name}.weight needs" in problem for problem in problems)
+
+
+# -- rotary embeddings ----------------------------------------------------------------------------
+
+
+def rope_scaling(**args: object) -> object:
+    found = MLA_KEYS["rope_scaling"].value(args_only(**args))
+    return found.value if isinstance(found, Soft) else found
+
+
+def args_only(**args: object) -> Facts:
+    return Facts({"layers": 1}, args, frozenset(), False, "bfloat16", frozenset())
+
+
+def expressed(**args: object) -> str | None:
+    return yarn_expressed(args_only(**args))
+
+
+NEW = {"cache_mla_latents": False}
+"""What only arguments of megatron-core 0.14 and later have."""
+
+
+def test_yarn_as_arguments_say() -> None:
+    scaling = {"rotary_scaling_factor": 40.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert rope_scaling(**NEW, **scaling, max_position_embeddings=163_840) == {
+        "rope_type": "yarn",
+        "factor": 40.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 4096,
+    }
+    stated = rope_scaling(
+        **NEW, **scaling, beta_fast=16, beta_slow=2, original_max_position_embeddings=8192
+    )
+    assert isinstance(stated, dict)
+    assert (stated["beta_fast"], stated["beta_slow"]) == (16, 2)
+    assert stated["original_max_position_embeddings"] == 8192
+
+
+def test_up_to_core_0_13_the_position_limit_was_stretched() -> None:
+    old = rope_scaling(rotary_scaling_factor=40.0, max_position_embeddings=2048)
+    assert isinstance(old, dict)
+    assert old["original_max_position_embeddings"] == 2048
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"rotary_scaling_factor": 1.0}, {"rotary_scaling_factor": 40, "rope_type": "rope"}]
+)
+def test_plain_rotary_embeddings(args: Mapping[str, object]) -> None:
+    assert rope_scaling(**NEW, **args) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, None),
+        ({"mscale": 0.707, "mscale_all_dim": 0.707}, None),
+        ({"mscale": 0.9, "mscale_all_dim": 0.5, **NEW}, None),
+        ({"mscale": 1.0, "mscale_all_dim": 0.0, **NEW}, None),
+        ({"mscale": 0.707, "mscale_all_dim": 0.0, **NEW}, "a ratio that no config can state"),
+        ({"mscale": 0.0, "mscale_all_dim": 1.0, **NEW}, "a ratio that no config can state"),
+        ({"mscale": 1.0, "mscale_all_dim": 0.0}, "scaled by mscale up to megatron-core 0.13"),
+        ({"mscale_all_dim": 1.0, "rope_type": "rope"}, "scaled without YaRN"),
+        ({"mscale_all_dim": 0.0, "rope_type": "rope"}, None),
+    ],
+)
+def test_scales_that_transformers_cannot_have(
+    args: Mapping[str, object], problem: str | None
+) -> None:
+    found = expressed(rotary_scaling_factor=40.0, **args)
+    assert found is None if problem is None else problem in str(found)
+    assert expressed(**{**args, "rotary_scaling_factor": 1.0}) is None
+
+
+def test_a_reference_may_stretch_what_was_trained_unstretched(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures[DIRECT]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    given = reference(fixture, tmp_path, rope_parameters=..., rope_theta=50_000, rope_scaling=yarn)
+    model = load(fixture.root, Options(hf_config=given))
+    assert model.config["rope_scaling"] == yarn
+    assert said(model, "rope_scaling is")
+
+
+# -- config.json ----------------------------------------------------------------------------------
+
+
+def test_no_latent_is_said(fixtures: Mapping[str, Fixture]) -> None:
+    """Left out, it would be the class's default."""
+    assert MLA_KEYS["q_lora_rank"].value(args_only()) == Proven(None)
+    config = load(fixtures[DIRECT].root, Options()).config
+    assert config["q_lora_rank"] is None
+    assert load(fixtures[LATENT].root, Options()).config["q_lora_rank"] == 32
+
+
+def test_weights_are_interleaved_whatever_a_reference_says(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures[DIRECT], tmp_path, rope_interleave=False)
+    with pytest.raises(MappingError, match="rope_interleave is true in the checkpoint but false"):
+        load(fixtures[DIRECT].root, Options(hf_config=given))
+
+
+def test_kimi_k2_is_served_as_deepseek_v3(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    given = reference(fixtures[DIRECT], tmp_path, model_type="kimi_k2", auto_map={"AutoModel": "x"})
+    for family in (None, "deepseek_v3", "kimi_k2"):
+        model = load(fixtures[DIRECT].root, Options(hf_config=given, family=family))
+        assert model.config["model_type"] == "deepseek_v3"
+        assert model.config["architectures"] == ["DeepseekV3ForCausalLM"]
+        assert "auto_map" not in model.config
+
+
+# -- multi-token prediction -----------------------------------------------------------------------
+
+
+def test_a_reference_may_have_more_layers_for_prediction(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    given = reference(fixtures[DIRECT], tmp_path, num_nextn_predict_layers=1)
+    model = load(fixtures[DIRECT].root, Options(hf_config=given))
+    assert model.config["num_nextn_predict_layers"] == 0
+    assert said(model, "num_nextn_predict_layers is 0 as in the checkpoint (--hf-config says 1)")
+
+
+@pytest.mark.parametrize(
+    ("name", "said_layers", "held"),
+    [(DIRECT, 1, 0), (LATENT, None, 1), ("deepseek_v3-ep2-two-mtp", 1, 2)],
+)
+def test_layers_for_prediction_are_as_many_as_arguments_say(
+    fixtures: Mapping[str, Fixture], name: str, said_layers: int | None, held: int, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[name], tmp_path, mtp_num_layers=said_layers)
+    with pytest.raises(MappingError) as caught:
+        load(root, Options())
+    assert caught.value.problems == (
+        f"mtp_num_layers is {said_layers or 0} in the training arguments but the checkpoint holds "
+        f"{held} layers for multi-token prediction",
+    )
+
+
+def test_one_layer_may_predict_repeatedly(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    root = with_args(fixtures[LATENT], tmp_path, mtp_num_layers=3, mtp_use_repeated_layer=True)
+    assert load(root, Options()).config["num_nextn_predict_layers"] == 1
+
+
+def test_a_layer_for_prediction_that_is_missing(fixtures: Mapping[str, Fixture]) -> None:
+    whole = canonical(fixtures["deepseek_v3-ep2-two-mtp"])
+    tensors = {name: view for name, view in whole.items() if not name.startswith("mtp.layers.0.")}
+    _, problems = gathered(tensors, mtp_num_layers=2)
+    assert "layers [0] for multi-token prediction hold no tensor at all" in problems
+
+
+def test_layers_for_prediction_are_all_there_or_named(fixtures: Mapping[str, Fixture]) -> None:
+    tensors = canonical(fixtures[LATENT])
+    del tensors["mtp.layers.0.eh_proj.weight"]
+    del tensors["mtp.layers.0.transformer_layer.mlp.experts.3.linear_fc2.weight"]
+    facts, _ = gathered(tensors, mtp_num_layers=1)
+    problems = plan(DEEPSEEK_V3, tensors, facts)[1]
+    assert problems == [
+        "model.layers.4.eh_proj.weight needs mtp.layers.0.eh_proj.weight, which the checkpoint "
+        "does not hold",
+        "model.layers.4.mlp.experts.3.down_proj.weight needs mtp.layers.0.transformer_layer.mlp."
+        "experts.3.linear_fc2.weight, which the checkpoint does not hold",
+    ]
