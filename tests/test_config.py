@@ -155,6 +155,8 @@ OTHERWISE: Mapping[str, object] = {
     "topk_group": 1,
 }
 """Changes no tensor, only what is computed with it."""
+UNREAD = {("deepseek_v2", "norm_topk_prob")}
+"""What transformers has no use for: it never divides these by their sum."""
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -183,7 +185,7 @@ def test_the_model_computes_the_same_logits(
     # The test would see a wrong key.
     for key, value in OTHERWISE.items():
         config = dict(loaded.config)
-        if config.get(key) not in (None, value):
+        if config.get(key) not in (None, value) and (fixture.spec.family, key) not in UNREAD:
             config[key] = value
             config.pop("rope_parameters")
             (tmp_path / "config.json").write_text(json.dumps(config))

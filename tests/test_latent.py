@@ -178,10 +178,10 @@ def test_plain_rotary_embeddings(args: Mapping[str, object]) -> None:
         ({"mscale": 0.707, "mscale_all_dim": 0.707}, None),
         ({"mscale": 0.9, "mscale_all_dim": 0.5, **NEW}, None),
         ({"mscale": 1.0, "mscale_all_dim": 0.0, **NEW}, None),
-        ({"mscale": 0.707, "mscale_all_dim": 0.0, **NEW}, "a ratio that no config can state"),
-        ({"mscale": 0.0, "mscale_all_dim": 1.0, **NEW}, "a ratio that no config can state"),
-        ({"mscale": 1.0, "mscale_all_dim": 0.0}, "scaled by mscale up to megatron-core 0.13"),
-        ({"mscale_all_dim": 1.0, "rope_type": "rope"}, "scaled without YaRN"),
+        ({"mscale": 0.707, "mscale_all_dim": 0.0, **NEW}, "a ratio that no config.json can state"),
+        ({"mscale": 0.0, "mscale_all_dim": 1.0, **NEW}, "a ratio that no config.json can state"),
+        ({"mscale": 1.0, "mscale_all_dim": 0.0}, "by mscale up to its core 0.13"),
+        ({"mscale_all_dim": 1.0, "rope_type": "rope"}, "attention even without YaRN"),
         ({"mscale_all_dim": 0.0, "rope_type": "rope"}, None),
     ],
 )
@@ -284,3 +284,66 @@ def test_layers_for_prediction_are_all_there_or_named(fixtures: Mapping[str, Fix
         "model.layers.4.mlp.experts.3.down_proj.weight needs mtp.layers.0.transformer_layer.mlp."
         "experts.3.linear_fc2.weight, which the checkpoint does not hold",
     ]
+
+
+# -- DeepSeek-V2 and V3 ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second() -> Fixture:
+    """DeepSeek-V2, of whose four groups a token's experts are chosen from two."""
+    return ensure(["deepseek_v2-tp2-ep2"])["deepseek_v2-tp2-ep2"]
+
+
+def refusal(root: Path, options: Options) -> tuple[str, ...]:
+    with pytest.raises(MappingError) as caught:
+        load(root, options)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        ({"moe_router_pre_softmax": False}, "trained with moe_router_pre_softmax=False"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function='sigmoid'"),
+        ({"moe_router_topk": 4}, "of experts by the sum of their 2 best scores"),
+        ({"multi_latent_attention": False}, "trained with multi_latent_attention=False"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type="),
+        ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant='dsa'"),
+        ({"mscale": 0.5, "mscale_all_dim": 0.0}, "a ratio that no config.json can state"),
+    ],
+)
+def test_what_deepseek_v2_cannot_express(
+    second: Fixture, args: Mapping[str, object], problem: str, tmp_path: Path
+) -> None:
+    (found,) = refusal(with_args(second, tmp_path, **args), Options())
+    assert problem in found
+    assert "its output would differ" in found
+
+
+@pytest.mark.parametrize(
+    ("args", "method"),
+    [
+        ({}, "group_limited_greedy"),
+        ({"moe_router_group_topk": None, "moe_router_topk": 4}, "greedy"),
+        ({"moe_router_group_topk": 4, "moe_router_topk": 8}, "greedy"),  # all of them
+    ],
+)
+def test_how_deepseek_v2_chooses_experts(
+    second: Fixture, args: Mapping[str, object], method: str, tmp_path: Path
+) -> None:
+    config = load(with_args(second, tmp_path, **args), Options()).config
+    assert (config["topk_method"], config["norm_topk_prob"]) == (method, False)
+
+
+def test_the_bias_of_experts_tells_the_two_apart(
+    fixtures: Mapping[str, Fixture], second: Fixture
+) -> None:
+    problems = refusal(second.root, Options(family="deepseek_v3"))
+    assert any("e_score_correction_bias needs" in problem for problem in problems)
+    problems = refusal(fixtures[DIRECT].root, Options(family="deepseek_v2"))
+    assert any(
+        ".mlp.router.expert_bias, which this family has no" in problem for problem in problems
+    )
+    problems = refusal(fixtures[LATENT].root, Options(family="deepseek_v2"))
+    assert any("mtp.layers.0.eh_proj.weight, which this" in problem for problem in problems)

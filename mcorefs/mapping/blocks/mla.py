@@ -140,11 +140,16 @@ def yarn_expressed(facts: Facts) -> str | None:
     mscale, all_dim = _number(facts, "mscale", 1.0), _number(facts, "mscale_all_dim", 0.0)
     if stretch <= 1:
         return None
-    said = f"rotary_scaling_factor={stretch}, mscale={mscale}, mscale_all_dim={all_dim}"
+    args = (
+        f"with rotary_scaling_factor={stretch}, mscale={mscale} and mscale_all_dim={all_dim} "
+        "Megatron scales"
+    )
+    differs = "its output would differ"
     if _renamed_limit(facts) and mscale != all_dim:
-        return f"its logits were scaled by mscale up to megatron-core 0.13 ({said})"
+        return f"{args} by mscale up to its core 0.13, transformers by mscale_all_dim: {differs}"
     if factor == 1:
-        return f"its logits were scaled without YaRN ({said})" if all_dim else None
+        how = f"{args} attention even without YaRN (rope_type), transformers does not: {differs}"
+        return how if all_dim else None
     if not (mscale and all_dim) and (mscale, all_dim) != (1, 0):
-        return f"its cosines were scaled by a ratio that no config can state ({said})"
+        return f"{args} cosines by a ratio that no config.json can state: {differs}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.deepseek_v2 import DEEPSEEK_V2
 from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.gpt2 import GPT2
@@ -17,6 +18,7 @@ from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     GLM4_MOE,
+    DEEPSEEK_V2,
     DEEPSEEK_V3,
     GPT2,
     LLAMA,

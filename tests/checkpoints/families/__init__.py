@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .. import spec
 from ..spec import Spec
 from .base import Family
+from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
@@ -21,6 +22,7 @@ from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
     "glm4_moe": GLM4_MOE,
+    "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "gpt2": GPT2,
     "llama": LLAMA,
