@@ -386,6 +386,24 @@ def test_tensors_tell_mixtures_of_experts_apart(moe: Tensors) -> None:
     )
 
 
+def test_a_layer_for_multi_token_prediction_is_whole() -> None:
+    name = "glm4_moe-tp2-ep2-mtp"
+    tensors = canonical(ensure([name])[name])
+    found = chosen(tensors, num_attention_heads=8, mtp_num_layers=1)
+    assert found.family.name == "glm4_moe"
+    lacking = without(tensors, r"mtp.*(hnorm|linear_fc2|expert_bias)")
+    facts, _, _ = gather(lacking, {"num_attention_heads": 8}, NO_REFERENCE, 307)
+    lacks = [problem for problem in plan(found.family, lacking, facts)[1] if "needs" in problem]
+    assert len(lacks) == 4
+    for text in (
+        "model.layers.4.hnorm.weight needs mtp.layers.0.hnorm.weight",
+        "model.layers.4.mlp.experts.0.down_proj.weight needs mtp.layers.0.transformer_layer.mlp",
+        "model.layers.4.mlp.shared_experts.down_proj.weight needs mtp.layers.0.transformer_layer",
+        "model.layers.4.mlp.gate.e_score_correction_bias needs mtp.layers.0.transformer_layer",
+    ):
+        assert any(problem.startswith(text) for problem in lacks), text
+
+
 def test_mixtral_has_experts_in_every_layer(fixtures: Mapping[str, Fixture]) -> None:
     mixed = without(canonical(fixtures["qwen3_moe-mixed-pp2"]), r"\.[qk]_layernorm\.")
     with pytest.raises(MappingError, match="no supported model family fits") as caught:

@@ -92,7 +92,10 @@ def _logits(spec: Spec, model: GPTModel) -> Iterator[Tensor]:
     with CudaMeansCpu():  # for the mask of a sliding window
         yield _whole(spec, model(tokens, places, mask))
         if spec.mtp:
-            made = model.mtp(tokens, places, hidden[0], mask, embedding=model.embedding)
+            rope = None if spec.kv_lora else model.rotary_pos_emb(length)
+            made = model.mtp(
+                tokens, places, hidden[0], mask, rotary_pos_emb=rope, embedding=model.embedding
+            )
             weight = model.shared_embedding_or_output_weight() if spec.tied else None
             for one in made.chunk(1 + spec.mtp)[1:]:
                 yield _whole(spec, model.output_layer(one, weight=weight)[0].transpose(0, 1))

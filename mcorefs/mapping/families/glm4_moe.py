@@ -1,5 +1,6 @@
 """GLM-4.5, 4.6 and 4.7 (not Flash): part of each head rotates, the first layers are dense, a router
-of sigmoids with a bias for each expert, shared experts. The large ones have norms of heads."""
+of sigmoids with a bias for each expert, shared experts, a layer for multi-token prediction. The
+large ones have norms of heads."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from mcorefs.mapping.blocks.mlp import (
     shared_experts,
 )
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
+from mcorefs.mapping.blocks.mtp import NEXTN_KEYS, mtp_behind
 from mcorefs.mapping.blocks.routing import (
     FIRST_K_DENSE,
     N_SHARED_EXPERTS,
@@ -35,28 +37,28 @@ from mcorefs.mapping.blocks.routing import (
     no_sinkhorn,
     whole_shared_experts,
 )
-from mcorefs.mapping.family import Family, Key, Proven
+from mcorefs.mapping.family import Family
+
+_LAYER = (
+    *GQA_QKV_OR_NO_BIAS,
+    *QK_NORM_OR_NONE,
+    *GATED_MLP,
+    *gated_experts("mlp.experts.{expert}."),
+    router("mlp.gate.weight"),
+    expert_bias("mlp.gate.e_score_correction_bias"),
+    *shared_experts("mlp.shared_experts."),
+    *LAYER_NORMS,
+)
 
 GLM4_MOE = Family(
     name="glm4_moe",
     architecture="Glm4MoeForCausalLM",
-    rules=(
-        EMBED,
-        *GQA_QKV_OR_NO_BIAS,
-        *QK_NORM_OR_NONE,
-        *GATED_MLP,
-        *gated_experts("mlp.experts.{expert}."),
-        router("mlp.gate.weight"),
-        expert_bias("mlp.gate.e_score_correction_bias"),
-        *shared_experts("mlp.shared_experts."),
-        *LAYER_NORMS,
-        NORM,
-        HEAD,
-    ),
+    rules=(EMBED, *_LAYER, NORM, *mtp_behind(_LAYER), HEAD),
     config={
         **BASE_KEYS,
         **GQA_KEYS,
         **SIGMOID_KEYS,
+        **NEXTN_KEYS,
         "attention_bias": holds(QKV_BIAS),
         "use_qk_norm": holds(QK_NORM_WEIGHT),
         "partial_rotary_factor": arg("rotary_percent"),
@@ -64,7 +66,6 @@ GLM4_MOE = Family(
         "n_shared_experts": N_SHARED_EXPERTS,
         "moe_intermediate_size": dim("moe_ffn"),
         "first_k_dense_replace": FIRST_K_DENSE,
-        "num_nextn_predict_layers": Key(lambda facts: Proven(0)),
     },
     requires={**decoder_requires("add_qkv_bias", "rotary_percent"), **SIGMOID_REQUIRES},
     checks=(no_sinkhorn, leading_dense, whole_shared_experts, best_two_of_each_group),

@@ -7,6 +7,7 @@ from .base import (
     DECODER,
     HF_LAYER,
     LAYER,
+    MTP_BEHIND,
     PROJECTIONS,
     Family,
     Values,
@@ -44,7 +45,7 @@ def _config(spec: Spec) -> Values:
         "topk_group": kept,
         "norm_topk_prob": spec.topk > 1,
         "routed_scaling_factor": spec.routed_scaling,
-        "num_mtp_layers": 0,
+        "num_mtp_layers": spec.mtp,
     }
 
 
@@ -69,14 +70,18 @@ GLM4_MOE = Family(
             shared_ffn=96,
             moe_layer_freq=None,
             fp32_router=True,
+            mtp=1,
             seed=161,
         ),
         "glm4_moe-one-expert": _GLM4_MOE.but(
             topk=1, routed_scaling=1.0, moe_layer_freq=(0, 0, 0, 1), dtype="fp32", seed=162
         ),
-        "glm4_moe-pp2-ep2": _GLM4_MOE.but(pp=2, dp=2, ep=2, seed=163),
+        "glm4_moe-pp2-ep2": _GLM4_MOE.but(pp=2, dp=2, ep=2, mtp=1, seed=163),
+        "glm4_moe-tp2-ep2-mtp": _GLM4_MOE.but(
+            tp=2, ep=2, etp=1, mtp=1, hf_max_shard_size="100KB", seed=168
+        ),
         "torch-glm4_moe-tp2-pp2-ep2": _GLM4_MOE.but(
-            format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=164
+            format="torch", tp=2, pp=2, ep=2, etp=1, names="te", mtp=1, seed=164
         ),
         "fsdp-glm4_moe-ep2-dp4": _GLM4_MOE.but(
             format="fsdp_dtensor", ep=2, dp=4, names="te", main_weights=True, seed=166
@@ -88,6 +93,7 @@ GLM4_MOE = Family(
     arguments=_arguments,
     parameters={
         **DECODER,
+        **MTP_BEHIND,
         **gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_experts.", PROJECTIONS),
     },
 )
