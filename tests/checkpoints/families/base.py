@@ -66,6 +66,13 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class FusedGated:
+    """As Gated, of one Hugging Face tensor: all gate rows, then all up rows."""
+
+    hf: str
+
+
+@dataclass(frozen=True)
 class Qkv:
     """Query groups; a group is its query heads, then its key head, then its value head. Each
     tensor-parallel rank has its share of the groups' rows."""
@@ -82,7 +89,7 @@ class Vocabulary:
     hf: str
 
 
-Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | Qkv | Vocabulary
+Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | FusedGated | Qkv | Vocabulary
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
@@ -166,5 +173,7 @@ class Family:
     arguments: Callable[[Spec], Values] = no_arguments
     """Megatron-LM's arguments for the model, where they differ from `saved_args`; the model that
     is saved is built from them too."""
+    built: Callable[[Spec], Values] = no_arguments
+    """What the model that is saved has beyond its arguments, in further arguments."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
     """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers."""
