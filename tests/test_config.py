@@ -142,7 +142,9 @@ LOGITS = (
 )
 OTHERWISE: Mapping[str, object] = {
     "rms_norm_eps": 1e-2,
-    "rope_theta": 1e4,
+    "norm_eps": 1e-2,
+    "rope_theta": 3e3,
+    "partial_rotary_factor": 0.25,
     "norm_topk_prob": True,
     "sliding_window": 9,
 }
@@ -268,6 +270,24 @@ def test_moe_arguments_that_mean_another_model_are_refused(
     root = with_args(fixtures["qwen3_moe"], tmp_path, **{name: value})
     (problem,) = refusal(lambda: load(root, Options()))
     assert f"{name}={value!r}" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("nemotron-tp2", "normalization", "RMSNorm"),
+        ("nemotron-tp2", "squared_relu", False),
+        ("nemotron-tp2", "swiglu", True),
+        ("nemotron-tp2", "apply_layernorm_1p", False),
+        ("nemotron-tp2", "layernorm_zero_centered_gamma", False),
+    ],
+)
+def test_what_a_family_is_known_by_is_not_optional(
+    fixtures: Mapping[str, Fixture], name: str, argument: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[name], tmp_path, **{argument: value})
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert f"{argument}={value!r}" in problem
 
 
 def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:

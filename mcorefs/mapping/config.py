@@ -134,6 +134,8 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
         return
     scaling = config.get("rope_scaling")
     described = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
+    if "partial_rotary_factor" in config:
+        described["partial_rotary_factor"] = config["partial_rotary_factor"]
     config["rope_parameters"] = {**described, "rope_theta": config["rope_theta"]}
 
 

@@ -98,6 +98,8 @@ BASE_KEYS: Mapping[str, Key] = {
     "attention_dropout": soft_arg("attention_dropout", default=0.0),
 }
 """What most decoders call the same."""
+PARTIAL_ROTARY = arg("rotary_percent")
+"""partial_rotary_factor: how much of each head is rotated."""
 GQA_KEYS: Mapping[str, Key] = {
     "num_attention_heads": dim("heads"),
     "num_key_value_heads": dim("groups"),
@@ -147,6 +149,13 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "glu_linear_offset": (0, 0.0),
 }
 """What a decoder of RMSNorm, SwiGLU and half-split RoPE takes for granted."""
+
+
+NORMS_AT_ZERO: Mapping[str, tuple[object, ...]] = {
+    "layernorm_zero_centered_gamma": (True,),
+    "apply_layernorm_1p": (True,),
+}
+"""That norms have 1 added to their weights, as they have in transformers' model."""
 
 
 def decoder_requires(*but: str) -> Mapping[str, tuple[object, ...]]:

@@ -1,4 +1,4 @@
-"""Gated MLPs: of a layer, of an expert.
+"""MLPs, gated or not: of a layer, of an expert.
 
 Formulas: Megatron-LM:megatron/core/transformer/mlp.py (gate and up), moe/router.py.
 """
@@ -38,6 +38,15 @@ GATED_MLP_ALL_OR_NO_BIAS = tuple(
     rule for pair in zip(GATED_MLP, _BIASES, strict=True) for rule in pair
 )
 """With biases (--add-bias-linear), or with none."""
+
+
+MLP_ALL_OR_NO_BIAS = (
+    Rule(LAYER + "mlp.up_proj.weight", _FC1 + "weight", ("ffn", "hidden")),
+    Rule(LAYER + "mlp.up_proj.bias", _FC1 + "bias", ("ffn",), when=MLP_BIAS),
+    Rule(LAYER + "mlp.down_proj.weight", _FC2 + "weight", ("hidden", "ffn")),
+    Rule(LAYER + "mlp.down_proj.bias", _FC2 + "bias", ("hidden",), when=MLP_BIAS),
+)
+"""Not gated, with biases or with none."""
 
 
 def router(hf: str) -> Rule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
+from mcorefs.mapping.families.nemotron import NEMOTRON
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
@@ -14,6 +15,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT2,
     LLAMA,
     MISTRAL,
+    NEMOTRON,
     QWEN2,
     QWEN3,
     QWEN3_MOE,

@@ -10,6 +10,7 @@ from .base import Family
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .nemotron import NEMOTRON
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
@@ -18,6 +19,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "nemotron": NEMOTRON,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
