@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mcorefs.arithmetic import Add
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.files import read_all
 from mcorefs.model import Model, Options, load
@@ -239,8 +240,6 @@ def test_linear_rope_scaling(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
         ("rotary_interleaved", True),
         ("add_bias_linear", True),
         ("add_qkv_bias", True),
-        ("apply_layernorm_1p", True),
-        ("layernorm_zero_centered_gamma", True),
         ("window_size", [128, 0]),
         ("multi_latent_attention", True),
         ("attention_output_gate", True),
@@ -299,6 +298,18 @@ def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_p
     assert said(model, "sliding_window is 7 as in --hf-config (training used 8)")
     root = with_args(fixture, tmp_path, window_size=None)
     assert load(root, Options(family="mistral")).config["sliding_window"] is None
+
+
+@pytest.mark.parametrize("name", ["llama-tp2-around-zero", "gpt2-tp2-around-zero"])
+def test_norms_around_zero_are_said_and_known_by_either_name(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    assert said(load(fixtures[name].root, Options()), "1 is added to their weights")
+    assert not said(load(fixtures["llama-tp2"].root, Options()), "1 is added to their weights")
+    changes = {"apply_layernorm_1p": ..., "layernorm_zero_centered_gamma": True}
+    newer = load(with_args(fixtures[name], tmp_path, **changes), Options())
+    added = [tensor.name for tensor in newer.tensors if isinstance(tensor.view, Add)]
+    assert len(added) == 2 * fixtures[name].spec.layers + 1
 
 
 def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:

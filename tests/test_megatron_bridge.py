@@ -143,7 +143,6 @@ def test_contradictions_are_told(fixtures: Mapping[str, Fixture], tmp_path: Path
         ({"activation_func": {"_target_": "torch.nn.functional.gelu", "_call_": False}}, "swiglu"),
         ({"activation_func": "fast_gelu"}, "swiglu"),
         ({"activation_func": "squared_relu", "gated_linear_unit": False}, "swiglu"),
-        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type"),
         ({"window_size": [128, 0]}, "window_size"),
         ({"qk_l2_norm": True}, "qk_l2_norm"),

@@ -17,10 +17,13 @@ from mcorefs.dtypes import BF16, BY_NAME, F32
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.index import Chunk, Span, stored_tensor
+from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
+from mcorefs.mapping.families import FAMILIES
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
+from mcorefs.mapping.family import Family
 from mcorefs.mapping.plan import natural_key, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
@@ -330,6 +333,20 @@ def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, famil
 def test_each_family_is_seen_by_itself(name: str) -> None:
     fixture = ensure([name])[name]
     assert load(fixture.root, Options()).choice.family.name == fixture.spec.family
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_norms_around_zero_are_nobodys_oversight(family: Family) -> None:
+    """Each norm has 1 added, or the family says what its norms are to be."""
+    norms = [
+        rule
+        for rule in family.rules
+        if any(re.search(r"norm[._]weight$", source) for source in rule.sources)
+    ]
+    assert norms
+    names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+    if not all(len(family.requires.get(name, ())) == 1 for name in names):
+        assert [rule.hf for rule in norms if rule.block is not gamma] == []
 
 
 def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> None:

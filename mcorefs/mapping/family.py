@@ -46,6 +46,12 @@ class Facts:
     def dense_layers(self) -> list[int]:
         return [layer for layer in range(self.dims["layers"]) if layer not in self.moe_layers]
 
+    @property
+    def norms_at_zero(self) -> bool:
+        """Megatron adds 1 to the weights of norms; newer versions know it by the first name."""
+        names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+        return any(self.args.get(name) for name in names)
+
     def arg(self, *names: str) -> object | None:
         """The first of `names` that is set: argument names drift between Megatron versions."""
         return next((self.args[name] for name in names if name in self.args), None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Rule
 from mcorefs.views import Cat, Flatten, Narrow, Unflatten, View
@@ -75,11 +76,13 @@ QK_NORM = (
         LAYER + "self_attn.q_norm.weight",
         MLAYER + "self_attention.q_layernorm.weight",
         ("head_dim",),
+        gamma,
     ),
     Rule(
         LAYER + "self_attn.k_norm.weight",
         MLAYER + "self_attention.k_layernorm.weight",
         ("head_dim",),
+        gamma,
     ),
 )
 """Norms of each query and key head."""

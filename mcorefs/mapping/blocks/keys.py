@@ -133,8 +133,6 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "rotary_interleaved": (False,),
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from mcorefs.arithmetic import Add
 from mcorefs.mapping.blocks.names import INPUT_NORM, LAYER, MLP_NORM
 from mcorefs.mapping.family import Block, Facts, Rule, whole
 from mcorefs.views import Narrow, Permute, View
@@ -29,9 +32,19 @@ HEAD = Rule(
 )
 
 
+def gamma(view: View, facts: Facts) -> View:
+    """The weight of a norm as it multiplies, which Megatron may hold around zero."""
+    return Add(view, 1.0) if facts.norms_at_zero else view
+
+
 def norm(hf: str, *at: str) -> Rule:
     """The weight of a norm of hidden states; `at`: where it may be, up to the parameter."""
-    return Rule(hf + "weight", tuple(f"{place}weight" for place in at), ("hidden",))
+    return Rule(hf + "weight", tuple(f"{place}weight" for place in at), ("hidden",), gamma)
+
+
+def at_zero(*rules: Rule) -> tuple[Rule, ...]:
+    """Rules of norms whose weights transformers adds 1 to as well: as they are stored."""
+    return tuple(replace(rule, block=whole) for rule in rules)
 
 
 def layer_norm(hf: str, *at: str) -> tuple[Rule, Rule]:

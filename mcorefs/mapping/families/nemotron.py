@@ -14,7 +14,7 @@ from mcorefs.mapping.blocks.keys import (
     holds,
 )
 from mcorefs.mapping.blocks.mlp import MLP_ALL_OR_NO_BIAS, MLP_BIAS
-from mcorefs.mapping.blocks.model import EMBED, HEAD, layer_norm
+from mcorefs.mapping.blocks.model import EMBED, HEAD, at_zero, layer_norm
 from mcorefs.mapping.blocks.names import INPUT_NORM, LAYER, MLP_NORM
 from mcorefs.mapping.family import Family, Key
 
@@ -25,9 +25,11 @@ NEMOTRON = Family(
         EMBED,
         *GQA_ALL_OR_NO_BIAS,
         *MLP_ALL_OR_NO_BIAS,
-        *layer_norm(LAYER + "input_layernorm.", *INPUT_NORM),
-        *layer_norm(LAYER + "post_attention_layernorm.", *MLP_NORM),
-        *layer_norm("model.norm.", "decoder.final_layernorm."),
+        *at_zero(
+            *layer_norm(LAYER + "input_layernorm.", *INPUT_NORM),
+            *layer_norm(LAYER + "post_attention_layernorm.", *MLP_NORM),
+            *layer_norm("model.norm.", "decoder.final_layernorm."),
+        ),
         HEAD,
     ),
     config={
