@@ -354,11 +354,31 @@ def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> 
     tensors = canonical(fixture)
     found = chosen(tensors, window_size=[7, 0], num_attention_heads=8)
     assert found.family.name == "mistral"
-    assert "not llama: the model was trained with window_size=[7, 0]" in found.evidence[-1]
+    (llama,) = [reason for reason in found.evidence if reason.startswith("not llama")]
+    assert "not llama: the model was trained with window_size=[7, 0]" in llama
     found = chosen(tensors, num_attention_heads=8)
     assert found.family.name == "llama"
-    assert found.evidence[-1] == "not mistral: window_size is not set"
+    assert "not mistral: window_size is not set" in found.evidence
     assert chosen(tensors, "mistral").family.name == "mistral"
+
+
+def test_a_gate_of_gelu_is_no_swiglu() -> None:
+    """Gemma's tensors are Llama's: only what the gate is, and where norms are centred, differs."""
+    tensors = canonical(ensure(["gemma-tp2"])["gemma-tp2"])
+    known: dict[str, object] = {"num_attention_heads": 8, "layernorm_zero_centered_gamma": True}
+    gated = {**known, "swiglu": False, "gated_linear_unit": True}
+
+    def family_of(args: Mapping[str, object]) -> str:
+        facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)
+        return choose(tensors, facts, None, NO_REFERENCE).family.name
+
+    assert family_of({**gated, "activation_func": "fast_gelu"}) == "gemma"
+    assert family_of({**known, "swiglu": True}) == family_of(known) == "llama"
+    for other in ("gelu", "quick_gelu", "mish"):
+        args = {**gated, "activation_func": other}
+        facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)
+        for family in FAMILIES:
+            assert plan(family, tensors, facts)[1], family.name
 
 
 def test_biases_tell_families_apart() -> None:

@@ -53,14 +53,22 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
 def _hub_rope(config: dict[str, object]) -> dict[str, object]:
     """`config` with rope_theta and rope_scaling where it has transformers 5's rope_parameters."""
     parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
+        local = parameters.get("sliding_attention")
+        config = {**config, "rope_parameters": parameters["full_attention"]}
+        if isinstance(local, dict) and "rope_theta" in local:
+            config["rope_local_base_freq"] = local["rope_theta"]
+        return _hub_rope(config)
     scaling = config.get("rope_scaling") or parameters
     if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
         return config
-    rest = {name: value for name, value in scaling.items() if name not in ("rope_theta", "type")}
+    beside = ("rope_theta", "type", "partial_rotary_factor")
+    rest = {name: value for name, value in scaling.items() if name not in beside}
     rest.setdefault("rope_type", scaling.get("type", "default"))
     found = {k: v for k, v in config.items() if k != "rope_parameters"}
     found["rope_scaling"] = None if rest["rope_type"] == "default" else rest
     for described in (parameters, scaling):
-        if isinstance(described, dict) and "rope_theta" in described:
-            found["rope_theta"] = described["rope_theta"]
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if isinstance(described, dict) and name in described:
+                found[name] = described[name]
     return found

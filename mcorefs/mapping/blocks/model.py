@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mcorefs.arithmetic import Add
-from mcorefs.mapping.blocks.names import INPUT_NORM, LAYER, MLP_NORM
+from mcorefs.mapping.blocks.names import (
+    ATTENTION_OUTPUT_NORM,
+    INPUT_NORM,
+    LAYER,
+    MLP_NORM,
+    MLP_OUTPUT_NORM,
+)
 from mcorefs.mapping.family import Block, Facts, Rule, whole
 from mcorefs.views import Narrow, Permute, View
 
@@ -58,3 +64,10 @@ LAYER_NORMS = (
     norm(LAYER + "input_layernorm.", *INPUT_NORM),
     norm(LAYER + "post_attention_layernorm.", *MLP_NORM),
 )
+SANDWICH_NORMS = (
+    norm(LAYER + "input_layernorm.", *INPUT_NORM),
+    norm(LAYER + "post_attention_layernorm.", *ATTENTION_OUTPUT_NORM),
+    norm(LAYER + "pre_feedforward_layernorm.", *MLP_NORM),
+    norm(LAYER + "post_feedforward_layernorm.", *MLP_OUTPUT_NORM),
+)
+"""Before and behind attention and MLP, as Gemma calls them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -12,6 +13,7 @@ from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    GEMMA,
     GPT2,
     LLAMA,
     MISTRAL,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .. import spec
 from ..spec import Spec
 from .base import Family
+from .gemma import GEMMA
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -16,6 +17,7 @@ from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "gemma": GEMMA,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
