@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mcorefs.mapping.families.gemma import GEMMA
+from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -14,6 +15,7 @@ from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     GEMMA,
+    GEMMA2,
     GPT2,
     LLAMA,
     MISTRAL,

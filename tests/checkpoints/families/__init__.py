@@ -8,6 +8,7 @@ from .. import spec
 from ..spec import Spec
 from .base import Family
 from .gemma import GEMMA
+from .gemma2 import GEMMA2
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -18,6 +19,7 @@ from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
     "gemma": GEMMA,
+    "gemma2": GEMMA2,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
