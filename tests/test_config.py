@@ -146,6 +146,10 @@ OTHERWISE: Mapping[str, object] = {
     "norm_eps": 1e-2,
     "rope_theta": 3e3,
     "partial_rotary_factor": 0.25,
+    "rope_local_base_freq": 3e3,
+    "query_pre_attn_scalar": 64,
+    "attn_logit_softcapping": 0.1,
+    "final_logit_softcapping": 0.1,
     "norm_topk_prob": True,
     "sliding_window": 9,
 }
@@ -279,13 +283,21 @@ def test_moe_arguments_that_mean_another_model_are_refused(
         ("nemotron-tp2", "swiglu", True),
         ("nemotron-tp2", "apply_layernorm_1p", False),
         ("nemotron-tp2", "layernorm_zero_centered_gamma", False),
+        ("gemma-tp2", "layernorm_zero_centered_gamma", False),
+        ("gemma-tp2", "activation_func", "gelu"),
+        ("gemma2-tp2-pp2", "window_attn_skip_freq", 6),
+        ("gemma2-tp2-pp2", "softmax_scale", 0.5),
+        ("gemma2-tp2-pp2", "swiglu", True),
+        ("gemma3_text-tp2-pp2", "activation_func", "silu"),
+        ("gemma3_text-tp2-pp2", "use_rope_scaling", True),
     ],
 )
 def test_what_a_family_is_known_by_is_not_optional(
     fixtures: Mapping[str, Fixture], name: str, argument: str, value: object, tmp_path: Path
 ) -> None:
     root = with_args(fixtures[name], tmp_path, **{argument: value})
-    (problem,) = refusal(lambda: load(root, Options()))
+    options = Options(family=fixtures[name].spec.family)
+    (problem,) = refusal(lambda: load(root, options))
     assert f"{argument}={value!r}" in problem
 
 
@@ -310,6 +322,83 @@ def test_norms_around_zero_are_said_and_known_by_either_name(
     newer = load(with_args(fixtures[name], tmp_path, **changes), Options())
     added = [tensor.name for tensor in newer.tensors if isinstance(tensor.view, Add)]
     assert len(added) == 2 * fixtures[name].spec.layers + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma-tp2", {"hidden_act": "gelu", "hidden_activation": None}),  # google/gemma-2b
+        ("nemotron-tp2", {"rope_parameters": ..., "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        (
+            "gemma3_text-tp2-pp2",
+            {"rope_parameters": ..., "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+        ("gemma2-tp2-pp2", {}),
+        ("gemma3_text-tp2-pp2", {}),
+    ],
+)
+def test_references_of_either_age_agree(
+    fixtures: Mapping[str, Fixture], name: str, changes: Mapping[str, object], tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    given = reference(fixture, tmp_path / "given", **changes)
+    model = load(fixture.root, Options(hf_config=given))
+    found = attributes(write_config(model, tmp_path / "ours"))
+    assert found["rope_parameters"] == attributes(fixture.hf)["rope_parameters"]
+    assert found.get("hidden_act") == attributes(fixture.hf).get("hidden_act")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "theirs"),
+    [
+        ("nemotron-tp2", "partial_rotary_factor", 0.75),
+        ("gemma2-tp2-pp2", "attn_logit_softcapping", 30.0),
+        ("gemma2-tp2-pp2", "layer_types", ["full_attention"] * 4),
+        ("gemma3_text-tp2-pp2", "rope_local_base_freq", 1e5),
+        ("gemma3_text-tp2-pp2", "query_pre_attn_scalar", 16),
+        ("gemma3_text-tp2-pp2", "sliding_window", 7),
+        ("gemma3_text-tp2-pp2", "layer_types", ["sliding_attention"] * 6),
+    ],
+)
+def test_references_of_other_models_do_not(
+    fixtures: Mapping[str, Fixture], name: str, key: str, theirs: object, tmp_path: Path
+) -> None:
+    config = load(fixtures[name].root, Options()).config
+    ropes = {key: config[key] for key in config if key.startswith(("rope_theta", "rope_local"))}
+    changes = {**ropes, "rope_parameters": ..., key: theirs}
+    given = reference(fixtures[name], tmp_path, **changes)
+    (problem,) = refusal(lambda: load(fixtures[name].root, Options(hf_config=given)))
+    assert f"{key} is " in problem
+    assert f"but {json.dumps(theirs)} in --hf-config" in problem
+
+
+def test_layers_with_windows_may_be_named_one_by_one(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["gemma3_text-tp2-pp2"]
+    kinds = ["full_attention", *["sliding_attention"] * 5]
+    root = with_args(fixture, tmp_path, interleaved_attn_pattern=kinds)
+    assert load(root, Options()).config["layer_types"] == kinds
+
+
+@pytest.mark.parametrize("pattern", [["full_attention"] * 5, [0, 0], [-1, 2], 6, None])
+def test_layers_with_windows_must_be_known(
+    fixtures: Mapping[str, Fixture], pattern: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures["gemma3_text-tp2-pp2"], tmp_path, interleaved_attn_pattern=pattern)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert problem.startswith("layer_types is unknown")
+
+
+def test_scaled_rotary_embeddings_of_gemma3(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(fixtures["gemma3_text-tp2-pp2"], tmp_path, rope_scaling_factor=8.0)
+    found = attributes(write_config(load(root, Options()), tmp_path / "config"))
+    assert found["rope_parameters"] == {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000},
+    }
 
 
 def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:

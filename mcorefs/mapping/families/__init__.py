@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
+from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -16,6 +17,7 @@ from mcorefs.mapping.family import Family
 FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
+    GEMMA3_TEXT,
     GPT2,
     LLAMA,
     MISTRAL,

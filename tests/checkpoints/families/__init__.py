@@ -9,6 +9,7 @@ from ..spec import Spec
 from .base import Family
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
+from .gemma3_text import GEMMA3_TEXT
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -20,6 +21,7 @@ from .qwen3_moe import QWEN3_MOE
 FAMILIES: Mapping[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
