@@ -241,7 +241,6 @@ def test_linear_rope_scaling(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
         ("position_embedding_type", "learned_absolute"),
         ("position_embedding_type", "yarn"),
         ("rotary_percent", 0.5),
-        ("rotary_interleaved", True),
         ("add_bias_linear", True),
         ("add_qkv_bias", True),
         ("window_size", [128, 0]),

@@ -17,6 +17,7 @@ from mcorefs.dtypes import BF16, BY_NAME, F32
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.index import Chunk, Span, stored_tensor
+from mcorefs.mapping.blocks.attention import head_gamma, in_halves, key, query, value
 from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
@@ -346,7 +347,21 @@ def test_norms_around_zero_are_nobodys_oversight(family: Family) -> None:
     assert norms
     names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
     if not all(len(family.requires.get(name, ())) == 1 for name in names):
-        assert [rule.hf for rule in norms if rule.block is not gamma] == []
+        assert [rule.hf for rule in norms if rule.block not in (gamma, head_gamma)] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_is_rotated_together_is_nobodys_oversight(family: Family) -> None:
+    """Each q and k is put in the order of transformers, or the family says which Megatron has."""
+    learned = family.requires.get("position_embedding_type") == ("learned_absolute",)
+    if "rotary_interleaved" in family.requires or learned:
+        return
+    sources = re.compile(r"self_attention\.(linear_qkv\.(weight|bias)|[qk]_layernorm\.weight)$")
+    rules = [rule for rule in family.rules if any(map(sources.search, rule.sources))]
+    blocks = {rule.block for rule in rules} - {value}
+    assert blocks
+    aware = {query, key, in_halves, head_gamma}
+    assert blocks <= aware
 
 
 def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> None:

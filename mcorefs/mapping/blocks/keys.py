@@ -130,7 +130,6 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "swiglu": (True,),
     "position_embedding_type": ("rope",),
     "rotary_percent": (1, 1.0),
-    "rotary_interleaved": (False,),
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
     "apply_residual_connection_post_layernorm": (False,),

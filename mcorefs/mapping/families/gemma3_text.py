@@ -6,7 +6,7 @@ Megatron-Bridge:src/megatron/bridge/models/gemma/gemma3_provider.py.
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks.attention import GQA, QK_NORM
+from mcorefs.mapping.blocks.attention import GQA, QK_NORM_AT_ZERO
 from mcorefs.mapping.blocks.keys import (
     BASE_KEYS,
     GEGLU_REQUIRES,
@@ -86,7 +86,7 @@ def _every(facts: Facts) -> Soft | None:
 GEMMA3_TEXT = Family(
     name="gemma3_text",
     architecture="Gemma3ForCausalLM",
-    rules=(EMBED, *GQA, *at_zero(*QK_NORM), *GATED_MLP, *at_zero(*SANDWICH_NORMS, NORM), HEAD),
+    rules=(EMBED, *GQA, *QK_NORM_AT_ZERO, *GATED_MLP, *at_zero(*SANDWICH_NORMS, NORM), HEAD),
     config={
         **{name: key for name, key in BASE_KEYS.items() if name != "hidden_act"},
         **GQA_KEYS,

@@ -23,6 +23,9 @@ LLAMA = Family(
         "torch-llama-tp2-pp2-around-zero": _LLAMA.but(
             format="torch", tp=2, pp=2, dtype="fp32", names="te", zero_centred=True, seed=40
         ),
+        "llama-tp2-neighbours": _LLAMA.but(
+            tp=2, rotary_interleaved=True, linear_bias=True, llama3_rope_factor=8.0, seed=41
+        ),
         "torch-llama-tp2-biased": _LLAMA.but(format="torch", tp=2, linear_bias=True, seed=38),
         "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
     },

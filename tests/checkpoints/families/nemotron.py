@@ -37,6 +37,7 @@ NEMOTRON = Family(
         "nemotron-tp2": _NEMOTRON.but(tp=2, vocab_size_in_args=True, seed=200),
         "nemotron-tp2-biased": _NEMOTRON.but(tp=2, linear_bias=True, tied=True, seed=201),
         "nemotron-pp2-fp32": _NEMOTRON.but(pp=2, dtype="fp32", per_layer_keys=True, seed=202),
+        "nemotron-tp2-neighbours": _NEMOTRON.but(tp=2, rotary_interleaved=True, seed=205),
         "torch-nemotron-tp2": _NEMOTRON.but(format="torch", tp=2, seed=203),
         "torch-nemotron-tp2-pp2": _NEMOTRON.but(format="torch", tp=2, pp=2, names="te", seed=204),
     },

@@ -11,6 +11,9 @@ def _arguments(spec: Spec) -> Values:
 
 
 QWEN3 = Family(
-    {"qwen3-tp2-around-zero": Spec(tp=2, zero_centred=True, per_layer_keys=True, seed=53)},
+    {
+        "qwen3-tp2-around-zero": Spec(tp=2, zero_centred=True, per_layer_keys=True, seed=53),
+        "qwen3-tp2-neighbours": Spec(tp=2, zero_centred=True, rotary_interleaved=True, seed=54),
+    },
     arguments=_arguments,
 )
