@@ -29,8 +29,8 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    experts, moe_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels. Absent where
-    the model has no such."""
+    gate_up (two of it), experts, moe_ffn, positions, vocab (rows kept), padded_vocab (rows stored),
+    labels. Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -134,6 +134,8 @@ class Family:
     given: tuple[str, ...] = ()
     """Arguments that must be set for the family to be chosen by itself: what tells it from another
     with the same tensors."""
+    named_only: bool = False
+    """Nothing in a checkpoint tells it from another family, which is chosen if none is named."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

@@ -186,7 +186,9 @@ def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[st
             if (source := _source(rule, layer, expert, tensors)) is not None:
                 name = _fill(rule.hf, layer, expert)
                 _apply(rule, name, tensors[source], facts, None, problems)
-    unset = (f"{name} is not set" for name in family.given if facts.arg(name) is None)
+    unset = [f"{name} is not set" for name in family.given if facts.arg(name) is None]
+    if family.named_only:
+        unset.append("only its name tells it apart (--family, --hf-config)")
     return [*unset, *_unexpressed(family, facts), *problems]
 
 

@@ -40,6 +40,12 @@ GATED_MLP_ALL_OR_NO_BIAS = tuple(
 """With biases (--add-bias-linear), or with none."""
 
 
+FUSED_GATED_MLP = (
+    Rule(LAYER + "mlp.gate_up_proj.weight", _FC1 + "weight", ("gate_up", "hidden")),
+    Rule(LAYER + "mlp.down_proj.weight", _FC2 + "weight", ("hidden", "ffn")),
+)
+"""With gate above up in one tensor, as Megatron has them."""
+
 MLP_ALL_OR_NO_BIAS = (
     Rule(LAYER + "mlp.up_proj.weight", _FC1 + "weight", ("ffn", "hidden")),
     Rule(LAYER + "mlp.up_proj.bias", _FC1 + "bias", ("ffn",), when=MLP_BIAS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
+from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -18,6 +19,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3_TEXT,
+    GLM4,
     GPT2,
     LLAMA,
     MISTRAL,

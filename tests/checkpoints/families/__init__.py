@@ -10,6 +10,7 @@ from .base import Family
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
+from .glm4 import GLM4
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
+    "glm4": GLM4,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
