@@ -18,7 +18,7 @@ from mcorefs.files import read_all
 from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
-from tests.checkpoints.families import FAMILIES
+from tests.checkpoints.families import FAMILIES, family_to_name
 from tests.edited import with_args
 
 NAMES = [name for name, spec in SPECS.items() if spec.common != "no_args" and spec.is_whole]
@@ -81,7 +81,11 @@ def test_transformers_reads_what_the_model_had(
     fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
 ) -> None:
     fixture = fixtures[name]
-    options = Options(vocab_size=fixture.spec.vocab_size, weights=fixture.spec.oracle_weights)
+    options = Options(
+        vocab_size=fixture.spec.vocab_size,
+        weights=fixture.spec.oracle_weights,
+        family=family_to_name(fixture.spec),
+    )
     model = load(fixture.root, options)
     found = attributes(write_config(model, tmp_path))
     expected = attributes(fixture.hf)
@@ -91,7 +95,9 @@ def test_transformers_reads_what_the_model_had(
         for key in ("bos_token_id", "eos_token_id"):
             expected[key] = None
     # What only transformers 4 reads stays as an attribute.
-    extra = {"rope_theta", "rope_scaling", "torch_dtype", "num_experts"} - set(expected)
+    extra = {
+        "rope_theta", "rope_scaling", "torch_dtype", "num_experts", "partial_rotary_factor",
+    } - set(expected)  # fmt: skip
     assert {key: value for key, value in found.items() if key not in extra} == expected
 
 
@@ -163,7 +169,8 @@ def test_the_model_computes_the_same_logits(
     from transformers import AutoModelForCausalLM
 
     fixture = fixtures[name]
-    loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size))
+    family = family_to_name(fixture.spec)
+    loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size, family=family))
     materialise(loaded, tmp_path)
     tokens = torch.arange(0, fixture.spec.vocab_size, 7)[None]
 
@@ -277,6 +284,11 @@ def test_moe_arguments_that_mean_another_model_are_refused(
 @pytest.mark.parametrize(
     ("name", "argument", "value"),
     [
+        ("ernie4_5-tp2", "rotary_interleaved", False),
+        ("glm4-tp2", "rotary_interleaved", False),
+        ("phi3-tp2", "use_rope_scaling", True),
+        ("phi3-tp2", "rotary_seq_len_interpolation_factor", 2),
+        ("phi3-tp2", "swiglu", False),
         ("nemotron-tp2", "normalization", "RMSNorm"),
         ("nemotron-tp2", "squared_relu", False),
         ("nemotron-tp2", "swiglu", True),
@@ -351,6 +363,9 @@ def test_references_of_either_age_agree(
     ("name", "key", "theirs"),
     [
         ("nemotron-tp2", "partial_rotary_factor", 0.75),
+        ("phi3-tp2-tied", "partial_rotary_factor", 1.0),
+        ("glm4-tp2", "attention_bias", False),
+        ("ernie4_5-tp2", "use_bias", True),
         ("gemma2-tp2-pp2", "attn_logit_softcapping", 30.0),
         ("gemma2-tp2-pp2", "layer_types", ["full_attention"] * 4),
         ("gemma3_text-tp2-pp2", "rope_local_base_freq", 1e5),
@@ -362,7 +377,8 @@ def test_references_of_either_age_agree(
 def test_references_of_other_models_do_not(
     fixtures: Mapping[str, Fixture], name: str, key: str, theirs: object, tmp_path: Path
 ) -> None:
-    config = load(fixtures[name].root, Options()).config
+    options = Options(family=family_to_name(fixtures[name].spec))
+    config = load(fixtures[name].root, options).config
     ropes = {key: config[key] for key in config if key.startswith(("rope_theta", "rope_local"))}
     changes = {**ropes, "rope_parameters": ..., key: theirs}
     given = reference(fixtures[name], tmp_path, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
@@ -10,12 +11,14 @@ from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.nemotron import NEMOTRON
+from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    ERNIE4_5,
     GEMMA,
     GEMMA2,
     GEMMA3_TEXT,
@@ -24,6 +27,7 @@ FAMILIES: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     NEMOTRON,
+    PHI3,
     QWEN2,
     QWEN3,
     QWEN3_MOE,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from .. import spec
 from ..spec import Spec
 from .base import Family
+from .ernie4_5 import ERNIE4_5
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
@@ -15,11 +16,13 @@ from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .nemotron import NEMOTRON
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "ernie4_5": ERNIE4_5,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
@@ -28,10 +31,20 @@ FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
     "mistral": MISTRAL,
     "nemotron": NEMOTRON,
+    "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
 }
+
+_MUST_BE_NAMED = ("ernie4_5", "phi3")
+"""Nothing in a checkpoint tells them from Llama."""
+
+
+def family_to_name(spec: Spec) -> str | None:
+    """The family of `spec`, if the user must name it."""
+    return spec.family if spec.family in _MUST_BE_NAMED else None
+
 
 SPECS: Mapping[str, Spec] = {
     **spec.SPECS,
