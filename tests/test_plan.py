@@ -405,17 +405,19 @@ def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> 
 
 
 def test_a_gate_of_gelu_is_no_swiglu() -> None:
-    """Gemma's tensors are Llama's: only what the gate is, and where norms are centred, differs."""
+    """Gemma's tensors are Llama's."""
     tensors = canonical(ensure(["gemma-tp2"])["gemma-tp2"])
     known: dict[str, object] = {"num_attention_heads": 8, "layernorm_zero_centered_gamma": True}
     gated = {**known, "swiglu": False, "gated_linear_unit": True}
 
-    def family_of(args: Mapping[str, object]) -> str:
+    def choice(args: Mapping[str, object], hint: str | None = None) -> str:
         facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)
-        return choose(tensors, facts, None, NO_REFERENCE).family.name
+        return choose(tensors, facts, None, NO_REFERENCE, hint).family.name
 
-    assert family_of({**gated, "activation_func": "fast_gelu"}) == "gemma"
-    assert family_of({**known, "swiglu": True}) == family_of(known) == "llama"
+    assert choice({**gated, "activation_func": "fast_gelu"}, hint="gemma") == "gemma"
+    assert choice({**known, "swiglu": True}) == choice(known) == "llama"
+    with pytest.raises(MappingError, match="several model families fit"):
+        choice({**gated, "activation_func": "fast_gelu"})  # is the embedding scaled?
     for other in ("gelu", "quick_gelu", "mish"):
         args = {**gated, "activation_func": other}
         facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)

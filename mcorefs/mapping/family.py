@@ -135,7 +135,8 @@ class Family:
     """Arguments that must be set for the family to be chosen by itself: what tells it from another
     with the same tensors."""
     named_only: bool = False
-    """Nothing in a checkpoint tells it from another family, which is chosen if none is named."""
+    """Its tensors and arguments could be another family's, or nobody's: it is chosen only if the
+    user, a reference or the trainer names it."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

@@ -1,5 +1,6 @@
 """Gemma: norms around zero on both sides, a gate of GELU, an embedding that is scaled when it is
-used."""
+used. The last is not recorded, so that it must be named: Megatron-Bridge and NeMo do by the class
+of its config."""
 
 from __future__ import annotations
 
@@ -28,5 +29,5 @@ GEMMA = Family(
         "attention_bias": constant(False),
     },
     requires={**DECODER_REQUIRES, **GEGLU_REQUIRES, **NORMS_AT_ZERO},
-    given=("activation_func",),
+    named_only=True,
 )

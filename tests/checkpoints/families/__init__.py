@@ -37,8 +37,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
 }
 
-_MUST_BE_NAMED = ("ernie4_5", "phi3")
-"""Nothing in a checkpoint tells them from Llama."""
+_MUST_BE_NAMED = ("ernie4_5", "gemma", "phi3")
+"""Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 
 def family_to_name(spec: Spec) -> str | None:
