@@ -1,4 +1,4 @@
-"""Views that calculate with the values of several others: weights that training kept in parts."""
+"""Views that calculate with values: weights that training kept in parts, or around zero."""
 
 from __future__ import annotations
 
@@ -80,6 +80,36 @@ class Addmm(Computed):
         delta = _rounded(delta * np.float32(self.alpha), self.product)
         total = have.view(self.dtype.values).astype(np.float32) + delta
         return total.astype(self.dtype.values).view(self.dtype.carrier)
+
+
+@dataclass(frozen=True, slots=True)
+class Add(Computed):
+    """`source` + `other`: (source.float() + other).to(source.dtype), bit for bit."""
+
+    source: View
+    other: float
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _FLOATS:
+            raise ValueError(f"add to {self.dtype.name}")
+
+    @property
+    def dtype(self) -> DType:
+        return self.source.dtype
+
+    @property
+    def shape(self) -> Shape:
+        return self.source.shape
+
+    @property
+    def sources(self) -> tuple[View, ...]:
+        return (self.source,)
+
+    def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
+        values = _read(self.source, box, leaf).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # becomes inf or nan, as in torch
+            total = (values + np.float32(self.other)).astype(self.dtype.values)
+        out[...] = total.view(self.dtype.carrier)
 
 
 def _matmul(left: Array, right: Array) -> Array:

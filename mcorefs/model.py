@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -15,9 +15,10 @@ from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.formats import HUGGINGFACE, Checkpoint, WeightsFrom
 from mcorefs.locate import Location, locate
 from mcorefs.mapping import config as configs
+from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
-from mcorefs.mapping.family import Facts
+from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
@@ -121,12 +122,7 @@ def load_at(location: Location, options: Options) -> Model:
     choice = choose(trained, facts, options.family, reference, beside.model_type)
     choice = replace(choice, family=for_task(choice.family, task, facts, reference.config))
     remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
-    trained_in = facts.args.get("params_dtype")
-    if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
-        remarks.append(
-            f"the run computed in {trained_in} but saved the float32 weights that its optimizer "
-            f"keeps, which are served as they are (--dtype {trained_in} rounds them)"
-        )
+    remarks += _on_values(choice.family, facts, dtype)
     if sources.adapted is not None:
         trained, faults = _merged(adapter, trained, facts, sources.adapted, options)
         problems += [*adapter.problems, *faults]
@@ -225,6 +221,21 @@ def _task(name: str | None) -> str | None:
     if name is not None and name not in TASKS:
         raise CheckpointError(f"--task {name}: expected one of {', '.join(TASKS)}")
     return name
+
+
+def _on_values(family: Family, facts: Facts, dtype: DType | None) -> Iterator[str]:
+    """What else the weights could be, or were in training."""
+    trained_in = facts.args.get("params_dtype")
+    if facts.dtype == "float32" and trained_in in ("bfloat16", "float16") and dtype is None:
+        yield (
+            f"the run computed in {trained_in} but saved the float32 weights that its optimizer "
+            f"keeps, which are served as they are (--dtype {trained_in} rounds them)"
+        )
+    if facts.norms_at_zero and any(rule.block is gamma for rule in family.rules):
+        yield (
+            "its norms were trained around zero: 1 is added to their weights when they are read, "
+            "and the sum rounded to the dtype in which they are stored"
+        )
 
 
 def _dtype(name: str | None) -> DType | None:

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
+from mcorefs.arithmetic import Add
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import BF16, BY_NAME, F16, F32, DType
 from mcorefs.index import Chunk, StoredTensor, stored_tensor
@@ -160,6 +162,11 @@ def _has_axes(view: View) -> bool:
     return 0 < len(view.shape) < 7
 
 
+def _add(draw: st.DrawFn, _: Memory, view: View, value: Array) -> tuple[View, Array]:
+    other = draw(st.sampled_from([1.0, -1.0, 0.1]))
+    return Add(view, other), torch_added(value, view.dtype, other)
+
+
 STEPS = [
     Step(_has_axes, _narrow),
     Step(lambda view: any(view.shape), _select),
@@ -169,14 +176,26 @@ STEPS = [
     Step(lambda view: _has_axes(view) and math.prod(view.shape) < MAX_VOLUME, _cat),
     Step(lambda view: len(view.shape) < 7 and math.prod(view.shape) < MAX_VOLUME, _stack),
     Step(lambda view: view.dtype.is_float, _to),
+    Step(lambda view: view.dtype in (BF16, F16, F32), _add),
 ]
 
 
 def torch_cast(value: Array, source: DType, target: DType) -> Array:
     """`value` (a carrier) cast by torch."""
-    bits = torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-    cast = bits.view(getattr(torch, source.torch)).to(getattr(torch, target.torch))
+    cast = _tensor(value, source).to(getattr(torch, target.torch))
     return cast.view(torch.uint8).numpy().view(target.carrier).reshape(value.shape)
+
+
+def torch_added(value: Array, dtype: DType, other: float) -> Array:
+    """`value` (a carrier) with `other` added by torch."""
+    values = _tensor(value, dtype)
+    total = (values.float() + other).to(values.dtype)
+    return total.view(torch.uint8).numpy().view(dtype.carrier).reshape(value.shape)
+
+
+def _tensor(value: Array, dtype: DType) -> Tensor:
+    bits = torch.from_numpy(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+    return bits.view(getattr(torch, dtype.torch))
 
 
 def assert_same(found: Array, wanted: Array, dtype: DType, cast: bool) -> None:

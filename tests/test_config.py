@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from mcorefs.arithmetic import Add
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.files import read_all
 from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
-from tests.checkpoints.families import FAMILIES
+from tests.checkpoints.families import FAMILIES, family_to_name
 from tests.edited import with_args
 
 NAMES = [name for name, spec in SPECS.items() if spec.common != "no_args" and spec.is_whole]
@@ -73,7 +74,13 @@ def said(model: Model, text: str) -> bool:
     return any(text in remark for remark in model.remarks)
 
 
-ONLY_IN_TRANSFORMERS_4 = ("rope_theta", "rope_scaling", "torch_dtype", "num_experts")
+ONLY_IN_TRANSFORMERS_4 = (
+    "rope_theta",
+    "rope_scaling",
+    "torch_dtype",
+    "num_experts",
+    "partial_rotary_factor",
+)
 ONLY_IN_ENGINES = ("scoring_func", "topk_method", "moe_layer_freq")
 
 # -- without a reference: all from the checkpoint -------------------------------------------------
@@ -84,7 +91,11 @@ def test_transformers_reads_what_the_model_had(
     fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
 ) -> None:
     fixture = fixtures[name]
-    options = Options(vocab_size=fixture.spec.vocab_size, weights=fixture.spec.oracle_weights)
+    options = Options(
+        vocab_size=fixture.spec.vocab_size,
+        weights=fixture.spec.oracle_weights,
+        family=family_to_name(fixture.spec),
+    )
     model = load(fixture.root, options)
     found = attributes(write_config(model, tmp_path))
     expected = attributes(fixture.hf)
@@ -146,7 +157,13 @@ LOGITS = (
 )
 OTHERWISE: Mapping[str, object] = {
     "rms_norm_eps": 1e-2,
-    "rope_theta": 1e4,
+    "norm_eps": 1e-2,
+    "rope_theta": 3e3,
+    "partial_rotary_factor": 0.25,
+    "rope_local_base_freq": 3e3,
+    "query_pre_attn_scalar": 64,
+    "attn_logit_softcapping": 0.1,
+    "final_logit_softcapping": 0.1,
     "norm_topk_prob": True,
     "sliding_window": 9,
     "rope_interleave": False,
@@ -166,7 +183,8 @@ def test_the_model_computes_the_same_logits(
     from transformers import AutoModelForCausalLM
 
     fixture = fixtures[name]
-    loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size))
+    family = family_to_name(fixture.spec)
+    loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size, family=family))
     materialise(loaded, tmp_path)
     tokens = torch.arange(0, fixture.spec.vocab_size, 7)[None]
     # Layers for multi-token prediction, which it knows only by the numbers they have on the hub.
@@ -247,11 +265,8 @@ def test_linear_rope_scaling(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
         ("position_embedding_type", "learned_absolute"),
         ("position_embedding_type", "yarn"),
         ("rotary_percent", 0.5),
-        ("rotary_interleaved", True),
         ("add_bias_linear", True),
         ("add_qkv_bias", True),
-        ("apply_layernorm_1p", True),
-        ("layernorm_zero_centered_gamma", True),
         ("window_size", [128, 0]),
         ("multi_latent_attention", True),
         ("attention_output_gate", True),
@@ -292,7 +307,7 @@ def test_moe_arguments_that_mean_another_model_are_refused(
         ("qwen2_moe-tp2-ep2", "moe_shared_expert_glu_interleave_size", 32),
         ("qwen2_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
         ("glm4_moe-tp2-ep2", "moe_router_score_function", "softmax"),
-        ("glm4_moe-tp2-ep2", "rotary_interleaved", True),
+        ("deepseek_v3-tp2-mtp", "rotary_interleaved", True),
     ],
 )
 def test_arguments_that_one_family_cannot_express_are_refused(
@@ -361,6 +376,37 @@ def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
     assert load(root, Options()).choice.family.name == "qwen3_moe"
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("ernie4_5-tp2", "rotary_interleaved", False),
+        ("glm4-tp2", "rotary_interleaved", False),
+        ("phi3-tp2", "use_rope_scaling", True),
+        ("phi3-tp2", "rotary_seq_len_interpolation_factor", 2),
+        ("phi3-tp2", "swiglu", False),
+        ("nemotron-tp2", "normalization", "RMSNorm"),
+        ("nemotron-tp2", "squared_relu", False),
+        ("nemotron-tp2", "swiglu", True),
+        ("nemotron-tp2", "apply_layernorm_1p", False),
+        ("nemotron-tp2", "layernorm_zero_centered_gamma", False),
+        ("gemma-tp2", "layernorm_zero_centered_gamma", False),
+        ("gemma-tp2", "activation_func", "gelu"),
+        ("gemma2-tp2-pp2", "window_attn_skip_freq", 6),
+        ("gemma2-tp2-pp2", "softmax_scale", 0.5),
+        ("gemma2-tp2-pp2", "swiglu", True),
+        ("gemma3_text-tp2-pp2", "activation_func", "silu"),
+        ("gemma3_text-tp2-pp2", "use_rope_scaling", True),
+    ],
+)
+def test_what_a_family_is_known_by_is_not_optional(
+    fixtures: Mapping[str, Fixture], name: str, argument: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[name], tmp_path, **{argument: value})
+    options = Options(family=fixtures[name].spec.family)
+    (problem,) = refusal(lambda: load(root, options))
+    assert f"{argument}={value!r}" in problem
+
+
 def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
     fixture = fixtures["mistral-tp2"]
     assert load(fixture.root, Options()).config["sliding_window"] == 8
@@ -372,6 +418,99 @@ def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_p
     assert load(root, Options(family="mistral")).config["sliding_window"] is None
     assert load(fixtures["mixtral-tp2-window"].root, Options()).config["sliding_window"] == 8
     assert load(fixtures["mixtral-tp2-ep2"].root, Options()).config["sliding_window"] is None
+
+
+@pytest.mark.parametrize("name", ["llama-tp2-around-zero", "gpt2-tp2-around-zero"])
+def test_norms_around_zero_are_said_and_known_by_either_name(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    assert said(load(fixtures[name].root, Options()), "1 is added to their weights")
+    assert not said(load(fixtures["llama-tp2"].root, Options()), "1 is added to their weights")
+    changes = {"apply_layernorm_1p": ..., "layernorm_zero_centered_gamma": True}
+    newer = load(with_args(fixtures[name], tmp_path, **changes), Options())
+    added = [tensor.name for tensor in newer.tensors if isinstance(tensor.view, Add)]
+    assert len(added) == 2 * fixtures[name].spec.layers + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma-tp2", {"hidden_act": "gelu", "hidden_activation": None}),  # google/gemma-2b
+        ("nemotron-tp2", {"rope_parameters": ..., "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        (
+            "gemma3_text-tp2-pp2",
+            {"rope_parameters": ..., "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        ),
+        ("gemma2-tp2-pp2", {}),
+        ("gemma3_text-tp2-pp2", {}),
+    ],
+)
+def test_references_of_either_age_agree(
+    fixtures: Mapping[str, Fixture], name: str, changes: Mapping[str, object], tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    given = reference(fixture, tmp_path / "given", **changes)
+    model = load(fixture.root, Options(hf_config=given))
+    found = attributes(write_config(model, tmp_path / "ours"))
+    assert found["rope_parameters"] == attributes(fixture.hf)["rope_parameters"]
+    assert found.get("hidden_act") == attributes(fixture.hf).get("hidden_act")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "theirs"),
+    [
+        ("nemotron-tp2", "partial_rotary_factor", 0.75),
+        ("phi3-tp2-tied", "partial_rotary_factor", 1.0),
+        ("glm4-tp2", "attention_bias", False),
+        ("ernie4_5-tp2", "use_bias", True),
+        ("gemma2-tp2-pp2", "attn_logit_softcapping", 30.0),
+        ("gemma2-tp2-pp2", "layer_types", ["full_attention"] * 4),
+        ("gemma3_text-tp2-pp2", "rope_local_base_freq", 1e5),
+        ("gemma3_text-tp2-pp2", "query_pre_attn_scalar", 16),
+        ("gemma3_text-tp2-pp2", "sliding_window", 7),
+        ("gemma3_text-tp2-pp2", "layer_types", ["sliding_attention"] * 6),
+    ],
+)
+def test_references_of_other_models_do_not(
+    fixtures: Mapping[str, Fixture], name: str, key: str, theirs: object, tmp_path: Path
+) -> None:
+    options = Options(family=family_to_name(fixtures[name].spec))
+    config = load(fixtures[name].root, options).config
+    ropes = {key: config[key] for key in config if key.startswith(("rope_theta", "rope_local"))}
+    changes = {**ropes, "rope_parameters": ..., key: theirs}
+    given = reference(fixtures[name], tmp_path, **changes)
+    (problem,) = refusal(lambda: load(fixtures[name].root, Options(hf_config=given)))
+    assert f"{key} is " in problem
+    assert f"but {json.dumps(theirs)} in --hf-config" in problem
+
+
+def test_layers_with_windows_may_be_named_one_by_one(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["gemma3_text-tp2-pp2"]
+    kinds = ["full_attention", *["sliding_attention"] * 5]
+    root = with_args(fixture, tmp_path, interleaved_attn_pattern=kinds)
+    assert load(root, Options()).config["layer_types"] == kinds
+
+
+@pytest.mark.parametrize("pattern", [["full_attention"] * 5, [0, 0], [-1, 2], 6, None])
+def test_layers_with_windows_must_be_known(
+    fixtures: Mapping[str, Fixture], pattern: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures["gemma3_text-tp2-pp2"], tmp_path, interleaved_attn_pattern=pattern)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert problem.startswith("layer_types is unknown")
+
+
+def test_scaled_rotary_embeddings_of_gemma3(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(fixtures["gemma3_text-tp2-pp2"], tmp_path, rope_scaling_factor=8.0)
+    found = attributes(write_config(load(root, Options()), tmp_path / "config"))
+    assert found["rope_parameters"] == {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000},
+    }
 
 
 def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:

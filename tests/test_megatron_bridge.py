@@ -22,12 +22,31 @@ from tests.recordings import RECORDED, assert_same_bytes, differences, recorded
 
 DENSE, LLAMA, MOE = "qwen3-tied", "llama-tp2", "qwen3_moe-tp2-pp2-ep2"
 SAID_BY_CLASS = "the trainer names model_type"
+GEMMA: Mapping[str, Mapping[str, object]] = {
+    "gemma-tp2": {},
+    "gemma2-tp2-pp2": {
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "window_size": [7, 0],
+    },
+    "gemma3_text-tp2-pp2": {
+        "num_layers": 6,
+        "qk_layernorm": True,
+        "window_size": 8,
+        "interleaved_attn_pattern": [2, 1],
+        "rotary_base": [10_000, 1_000_000],
+        "rope_scaling_factor": 1.0,
+        "softmax_scale": 24**-0.5,
+    },
+}
+"""What the providers of Megatron-Bridge:src/megatron/bridge/models/gemma/ add to their ancestor."""
 DENSE_CONFIG = f"megatron_bridge/0.3.1/{DENSE}.yaml"
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> dict[str, Fixture]:
-    return ensure([DENSE, LLAMA, MOE])
+    return ensure([DENSE, LLAMA, MOE, *GEMMA])
 
 
 def saved(fixture: Fixture, directory: Path, run_config: str) -> Path:
@@ -93,6 +112,33 @@ def test_everything_comes_from_the_run_config(
     assert_same_bytes(model, fixture)
 
 
+@pytest.mark.parametrize(
+    ("name", "is_hinted"), [(name, True) for name in GEMMA] + [(name, False) for name in GEMMA][1:]
+)
+def test_gemma_as_its_providers_are_written(
+    fixtures: Mapping[str, Fixture], tmp_path: Path, name: str, is_hinted: bool
+) -> None:
+    fixture = fixtures[name]
+    kind = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[fixture.spec.family]
+    provider = f"megatron.bridge.models.gemma.{kind.lower()}_provider.{kind}ModelProvider"
+    changes: dict[str, object] = {
+        "_target_": provider
+        if is_hinted
+        else "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        "activation_func": {"_target_": "megatron.core.activations.fast_gelu", "_call_": False},
+        "layernorm_zero_centered_gamma": True,
+        "layernorm_epsilon": 1e-6,
+        "share_embeddings_and_output_weights": True,
+        "rope_scaling": False,
+        "rotary_base": 10_000,
+        **GEMMA[name],
+    }
+    root = saved(fixture, tmp_path, changed(f"megatron_bridge/0.3.1/{LLAMA}.yaml", **changes))
+    model = load(root, Options())
+    assert differences(model, fixture, tmp_path) == {}
+    assert_same_bytes(model, fixture)
+
+
 def test_rope_scaling_that_is_not_the_usual_one(
     fixtures: Mapping[str, Fixture], tmp_path: Path
 ) -> None:
@@ -143,7 +189,6 @@ def test_contradictions_are_told(fixtures: Mapping[str, Fixture], tmp_path: Path
         ({"activation_func": {"_target_": "torch.nn.functional.gelu", "_call_": False}}, "swiglu"),
         ({"activation_func": "fast_gelu"}, "swiglu"),
         ({"activation_func": "squared_relu", "gated_linear_unit": False}, "swiglu"),
-        ({"layernorm_zero_centered_gamma": True}, "layernorm_zero_centered_gamma"),
         ({"position_embedding_type": "yarn"}, "position_embedding_type"),
         ({"window_size": [128, 0]}, "window_size"),
         ({"qk_l2_norm": True}, "qk_l2_norm"),

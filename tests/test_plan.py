@@ -17,16 +17,22 @@ from mcorefs.dtypes import BF16, BY_NAME, F32
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.index import Chunk, Span, stored_tensor
+from mcorefs.mapping.blocks.attention import head_gamma, in_halves, key, query, value
+from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
+from mcorefs.mapping.families import FAMILIES
+from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
+from mcorefs.mapping.family import Family
 from mcorefs.mapping.plan import natural_key, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
 from mcorefs.views import Stored, View
 from tests.checkpoints import Fixture, ensure
 from tests.checkpoints.families import FAMILIES as FIXTURES
+from tests.checkpoints.families import family_to_name
 from tests.edited import rename, with_args
 
 Tensors = dict[str, View]
@@ -329,7 +335,60 @@ def test_near_misses_are_told(fixtures: Mapping[str, Fixture], extra: str, famil
 @pytest.mark.parametrize("name", [name for family in FIXTURES.values() for name in family.specs])
 def test_each_family_is_seen_by_itself(name: str) -> None:
     fixture = ensure([name])[name]
-    assert load(fixture.root, Options()).choice.family.name == fixture.spec.family
+    family = family_to_name(fixture.spec)
+    assert load(fixture.root, Options(family=family)).choice.family.name == fixture.spec.family
+
+
+def test_what_only_a_name_tells_from_llama_is_served_as_llama() -> None:
+    """And computes the same: Phi-3's tensors are Llama's one above the other, and what ERNIE holds
+    as neighbours Llama has as halves."""
+    names = ("phi3-tp2", "ernie4_5-tp2")
+    for name, fixture in ensure(names).items():
+        model = load(fixture.root, Options())
+        assert model.choice.family.name == "llama"
+        told = f"not {fixture.spec.family}: only its name tells it apart (--family, --hf-config)"
+        assert told in model.choice.evidence, name
+        given = load(fixture.root, Options(hf_config=fixture.hf))
+        assert given.choice.family.name == fixture.spec.family
+    partial = ensure(["torch-phi3-tp2"])["torch-phi3-tp2"]
+    with pytest.raises(MappingError, match="several model families fit") as caught:
+        load(partial.root, Options())
+    assert any("phi3: only its name" in problem for problem in caught.value.problems)
+
+
+def test_heads_of_phi3_fill_the_hidden_size(dense: Tensors) -> None:
+    plain = {name: view for name, view in dense.items() if not re.search(r"[qk]_layernorm", name)}
+    facts, _, _ = gather(plain, {"num_attention_heads": 8}, NO_REFERENCE, 307)
+    (problem,) = plan(PHI3, plain, facts)[1]
+    assert "fill the hidden size of 64, and are not 128 rows" in problem
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_is_rotated_together_is_nobodys_oversight(family: Family) -> None:
+    """Each q and k is put in the order of transformers, or the family says which Megatron has."""
+    learned = family.requires.get("position_embedding_type") == ("learned_absolute",)
+    if "rotary_interleaved" in family.requires or learned:
+        return
+    sources = re.compile(r"self_attention\.(linear_qkv\.(weight|bias)|[qk]_layernorm\.weight)$")
+    rules = [rule for rule in family.rules if any(map(sources.search, rule.sources))]
+    blocks = {rule.block for rule in rules} - {value}
+    assert blocks
+    aware = {query, key, in_halves, head_gamma}
+    assert blocks <= aware or family is PHI3  # whose only block is made of the first two
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_norms_around_zero_are_nobodys_oversight(family: Family) -> None:
+    """Each norm has 1 added, or the family says what its norms are to be."""
+    norms = [
+        rule
+        for rule in family.rules
+        if any(re.search(r"norm[._]weight$", source) for source in rule.sources)
+    ]
+    assert norms
+    names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+    if not all(len(family.requires.get(name, ())) == 1 for name in names):
+        assert [rule.hf for rule in norms if rule.block not in (gamma, head_gamma)] == []
 
 
 def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> None:
@@ -337,11 +396,33 @@ def test_arguments_tell_families_with_the_same_tensors_apart(tmp_path: Path) -> 
     tensors = canonical(fixture)
     found = chosen(tensors, window_size=[7, 0], num_attention_heads=8)
     assert found.family.name == "mistral"
-    assert "not llama: the model was trained with window_size=[7, 0]" in found.evidence[-1]
+    (llama,) = [reason for reason in found.evidence if reason.startswith("not llama")]
+    assert "not llama: the model was trained with window_size=[7, 0]" in llama
     found = chosen(tensors, num_attention_heads=8)
     assert found.family.name == "llama"
-    assert found.evidence[-1] == "not mistral: window_size is not set"
+    assert "not mistral: window_size is not set" in found.evidence
     assert chosen(tensors, "mistral").family.name == "mistral"
+
+
+def test_a_gate_of_gelu_is_no_swiglu() -> None:
+    """Gemma's tensors are Llama's."""
+    tensors = canonical(ensure(["gemma-tp2"])["gemma-tp2"])
+    known: dict[str, object] = {"num_attention_heads": 8, "layernorm_zero_centered_gamma": True}
+    gated = {**known, "swiglu": False, "gated_linear_unit": True}
+
+    def choice(args: Mapping[str, object], hint: str | None = None) -> str:
+        facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)
+        return choose(tensors, facts, None, NO_REFERENCE, hint).family.name
+
+    assert choice({**gated, "activation_func": "fast_gelu"}, hint="gemma") == "gemma"
+    assert choice({**known, "swiglu": True}) == choice(known) == "llama"
+    with pytest.raises(MappingError, match="several model families fit"):
+        choice({**gated, "activation_func": "fast_gelu"})  # is the embedding scaled?
+    for other in ("gelu", "quick_gelu", "mish"):
+        args = {**gated, "activation_func": other}
+        facts, _, _ = gather(tensors, args, NO_REFERENCE, 307)
+        for family in FAMILIES:
+            assert plan(family, tensors, facts)[1], family.name
 
 
 def test_biases_tell_families_apart() -> None:

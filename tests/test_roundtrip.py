@@ -16,6 +16,7 @@ from mcorefs.files import VirtualFile, read_all
 from mcorefs.model import Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
+from tests.checkpoints.families import family_to_name
 
 CACHE = 1 << 20
 NAMES = [name for name, spec in SPECS.items() if spec.is_whole]
@@ -33,7 +34,8 @@ def options(fixture: Fixture, dtype: str | None = None) -> Options:
         return Options(hf_config=fixture.hf, dtype=dtype, weights=weights)
     recorded = fixture.spec.vocab_size_in_args
     vocab_size = None if recorded else fixture.spec.vocab_size
-    return Options(vocab_size=vocab_size, dtype=dtype, weights=weights)
+    family = family_to_name(fixture.spec)
+    return Options(vocab_size=vocab_size, dtype=dtype, weights=weights, family=family)
 
 
 def files(fixture: Fixture, shard_size: int | str, opts: Options) -> Mapping[str, VirtualFile]:

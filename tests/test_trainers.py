@@ -234,9 +234,24 @@ def test_verl_without_a_bridge(moe: Fixture, tmp_path: Path) -> None:
         ),
         (
             {"gated_linear_unit": True, "activation_func": "torch.nn.functional.gelu"},
-            {"swiglu": False},
+            {"swiglu": False, "gated_linear_unit": True, "activation_func": "gelu"},
         ),
-        ({"gated_linear_unit": True, "activation_func": "quick_gelu"}, {"swiglu": False}),
+        (
+            {"gated_linear_unit": True, "activation_func": "<function fast_gelu at 0x1>"},
+            {"swiglu": False, "gated_linear_unit": True, "activation_func": "fast_gelu"},
+        ),
+        (
+            {"gated_linear_unit": True, "activation_func": "torch.nn.functional.mish"},
+            {"swiglu": False, "gated_linear_unit": True, "activation_func": "mish"},
+        ),
+        (
+            {"gated_linear_unit": True, "activation_func": "quick_gelu"},
+            {"swiglu": False, "quick_geglu": True},
+        ),
+        (
+            {"gated_linear_unit": False, "activation_func": "megatron.core.x.squared_relu"},
+            {"swiglu": False, "squared_relu": True},
+        ),
         ({"gated_linear_unit": True, "activation_func": {"_target_": "?"}}, {}),
         ({"rope_scaling": False}, {"use_rope_scaling": False}),
         (

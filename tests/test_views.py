@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcorefs.arithmetic import Add
 from mcorefs.boxes import Box, Shape
-from mcorefs.dtypes import BF16, BY_NAME, F32, DType
+from mcorefs.dtypes import BF16, BY_NAME, F16, F32, DType
 from mcorefs.views import (
     Array,
     Cat,
@@ -30,7 +31,7 @@ from mcorefs.views import (
     moves_only,
     to,
 )
-from tests.graphs import Memory, assert_same, graphs, torch_cast
+from tests.graphs import Memory, assert_same, graphs, torch_added, torch_cast
 from tests.tilings import boxes
 
 FLOATS = [dtype for dtype in BY_NAME.values() if dtype.is_float]
@@ -104,6 +105,18 @@ def test_casts_are_bit_equal_with_torch(source: DType, target: DType) -> None:
     assert np.isinf(values).any() or source.name == "F8_E4M3"
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("other", [1.0, -1.0, 1 / 3])
+def test_sums_are_bit_equal_with_torch(dtype: DType, other: float) -> None:
+    memory = Memory()
+    bits = telling_bits(dtype)
+    tensor = memory.add(dtype, bits.shape, [Box.whole(bits.shape)])
+    memory.arrays[tensor] = bits
+    view = Add(Stored(tensor), other)
+    assert not moves_only(view)
+    assert_same(whole(view, memory.leaf), torch_added(bits, dtype, other), dtype, cast=True)
+
+
 def test_to_of_the_same_dtype_is_the_view_itself() -> None:
     view = _some(BF16, (2,))
     assert to(view, BF16) is view
@@ -148,6 +161,7 @@ def _some(dtype: DType, shape: Shape) -> View:
         lambda v: Stack((v, _some(F32, (4, 6))), 0),
         lambda v: To(_some(BY_NAME["I32"], (2,)), BF16),
         lambda v: To(v, BY_NAME["I32"]),
+        lambda v: Add(_some(BY_NAME["I32"], (2,)), 1.0),
         lambda v: To(v, BY_NAME["F8_E4M3"]),
     ],
 )

@@ -136,7 +136,11 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     described = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
     if (part := config.get("partial_rotary_factor")) is not None:
         described["partial_rotary_factor"] = part
-    config["rope_parameters"] = {**described, "rope_theta": config["rope_theta"]}
+    described["rope_theta"] = config["rope_theta"]
+    if "rope_local_base_freq" in config:  # of the layers with a window, which are not scaled
+        local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+        described = {"full_attention": described, "sliding_attention": local}
+    config["rope_parameters"] = described
 
 
 def _unknown(name: str, facts: Facts) -> str:

@@ -75,6 +75,7 @@ def gather(
     for name, mlp in MLPS.items():
         if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
             dims[name] = fc2.shape[1]
+    dims |= _gate_up(dims)
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]
     _check_claims(dims, args, problems)
@@ -190,6 +191,10 @@ def _attention(
     dims["qkv_rows"] = rows
     if dims["heads"] % dims["groups"]:
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
+
+
+def _gate_up(dims: Mapping[str, int]) -> dict[str, int]:
+    return {"gate_up": 2 * dims["ffn"]} if "ffn" in dims else {}
 
 
 def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems: list[str]) -> None:

@@ -29,9 +29,9 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab (rows stored), labels;
-    mtp, the number of layers for multi-token prediction; those of latent attention (`latent`).
-    Absent where the model has no such."""
+    gate_up (two of it), experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab
+    (rows stored), labels; mtp, the number of layers for multi-token prediction; those of latent
+    attention (`latent`). Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -51,6 +51,12 @@ class Facts:
     @property
     def dense_layers(self) -> list[int]:
         return [layer for layer in range(self.dims["layers"]) if layer not in self.moe_layers]
+
+    @property
+    def norms_at_zero(self) -> bool:
+        """Megatron adds 1 to the weights of norms; newer versions know it by the first name."""
+        names = ("layernorm_zero_centered_gamma", "apply_layernorm_1p")
+        return any(self.args.get(name) for name in names)
 
     def arg(self, *names: str) -> object | None:
         """The first of `names` that is set: argument names drift between Megatron versions."""
@@ -146,6 +152,9 @@ class Family:
     with the same tensors."""
     other_names: tuple[str, ...] = ()
     """model_types of what is the same model, with code of its own; served under `name`."""
+    named_only: bool = False
+    """Its tensors and arguments could be another family's, or nobody's: it is chosen only if the
+    user, a reference or the trainer names it."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

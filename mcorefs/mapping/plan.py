@@ -197,7 +197,9 @@ def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[st
         for place in itertools.islice(_places(rule, facts), 1):
             if (source := _source(rule, place, tensors)) is not None:
                 _apply(rule, place.fill(rule.hf), tensors[source], facts, None, problems)
-    unset = (f"{name} is not set" for name in family.given if facts.arg(name) is None)
+    unset = [f"{name} is not set" for name in family.given if facts.arg(name) is None]
+    if family.named_only:
+        unset.append("only its name tells it apart (--family, --hf-config)")
     return [*unset, *_unexpressed(family, facts), *problems]
 
 

@@ -58,6 +58,12 @@ def _hub_rope(config: dict[str, object]) -> dict[str, object]:
     """`config` with rope_theta, rope_scaling and partial_rotary_factor where it has transformers
     5's rope_parameters."""
     parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and isinstance(parameters.get("full_attention"), dict):
+        local = parameters.get("sliding_attention")
+        config = {**config, "rope_parameters": parameters["full_attention"]}
+        if isinstance(local, dict) and "rope_theta" in local:
+            config["rope_local_base_freq"] = local["rope_theta"]
+        return _hub_rope(config)
     scaling = config.get("rope_scaling") or parameters
     if not isinstance(scaling, dict) or any(isinstance(v, dict) for v in scaling.values()):
         return config

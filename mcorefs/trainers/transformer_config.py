@@ -9,6 +9,7 @@ Llama31ModelProvider of Megatron-Bridge up to 0.2, and NeMo's Llama31Config.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _RENAMED = {
@@ -16,7 +17,8 @@ _RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 _SILU = ("silu", "swish")
-_OTHERS = ("gelu", "relu", "sigmoid", "tanh")
+_ACTIVATION = re.compile(r"(?:<function )?(?:\w+\.)*(\w+)")
+"""A function by its dotted name, or as Python shows it."""
 
 
 def arguments(config: Mapping[str, object]) -> dict[str, object]:
@@ -29,9 +31,9 @@ def arguments(config: Mapping[str, object]) -> dict[str, object]:
         args["untie_embeddings_and_output_weights"] = not shared
     gated, activation = args.pop("gated_linear_unit", None), args.pop("activation_func", None)
     name = activation if isinstance(activation, str) else ""
-    if gated is False or any(other in name for other in _OTHERS):
-        args["swiglu"] = False
-    elif gated and any(silu in name for silu in _SILU):
+    if gated is False or (name and not any(silu in name for silu in _SILU)):
+        args |= _no_swiglu(gated, name)
+    elif gated and name:
         args["swiglu"] = True  # functions are not always saved: then it is left to the rest
     if isinstance(args.get("rope_scaling"), bool):
         args["use_rope_scaling"] = args.pop("rope_scaling")
@@ -45,3 +47,17 @@ def arguments(config: Mapping[str, object]) -> dict[str, object]:
         if original is not None:
             args["original_max_position_embeddings"] = original
     return args
+
+
+def _no_swiglu(gated: object, name: str) -> dict[str, object]:
+    """Of an MLP that is no SwiGLU; by megatron-core's own names where no argument makes it."""
+    match = _ACTIVATION.match(name)
+    activation = match[1] if match else name
+    if activation == "squared_relu" and gated is False:
+        return {"swiglu": False, "squared_relu": True}
+    if activation == "quick_gelu" and gated:
+        return {"swiglu": False, "quick_geglu": True}
+    described: dict[str, object] = {"swiglu": False}
+    if gated and activation:
+        described |= {"gated_linear_unit": True, "activation_func": activation}
+    return described

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.activations import fast_gelu, squared_relu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -23,7 +24,7 @@ from .families import FAMILIES
 from .hf import TORCH_DTYPES
 from .saved_args import model_args
 from .spec import Spec
-from .stand_ins import LatentCore
+from .stand_ins import LatentCore, centre_norms_at_zero, norm_outputs, scale_embedding
 from .te_linear import TELinear
 
 
@@ -41,7 +42,7 @@ class NormOfAllHeads(torch.nn.RMSNorm):
 
 def build_models(spec: Spec) -> list[GPTModel]:
     """This rank's model, or one per virtual pipeline stage."""
-    args = model_args(spec)
+    args = {**model_args(spec), **FAMILIES[spec.family].built(spec)}
     config = _config(spec, args)
     stages = [None] if spec.vpp is None else list(range(spec.vpp))
     return [_build_stage(spec, args, config, stage) for stage in stages]
@@ -69,6 +70,10 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
     if args["swiglu"]:
         named |= {"activation_func": silu, "gated_linear_unit": True}
         named["bias_activation_fusion"] = args["bias_swiglu_fusion"]
+    elif args.get("activation_func") == "fast_gelu":
+        named["activation_func"] = fast_gelu
+    elif args["squared_relu"]:
+        named["activation_func"] = squared_relu
     without_gpu = {
         # The local attention refuses more, and no weight depends on it. The process groups do know
         # of it, which is what the save looks at.
@@ -78,6 +83,7 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
         "moe_token_dispatcher_type": "allgather",
         "moe_router_load_balancing_type": "none",
         "bias_dropout_fusion": False,
+        "layernorm_zero_centered_gamma": False,  # torch's norms refuse it: see stand_ins
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "use_cpu_initialization": True,
@@ -128,6 +134,7 @@ def _build_stage(
         model.output_layer = TELinear(spec.hidden, spec.labels, config, is_expert=False)
     if model.post_process and spec.bare:
         model.output_layer = None
+    _add_stand_ins(spec, args, model)
     model.to(TORCH_DTYPES[spec.dtype])
     for module in model.modules():
         if isinstance(module, TopKRouter):
@@ -150,3 +157,13 @@ def _name_norms(keys: dict[str, str], spec: Spec, layer: int) -> None:
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     if spec.has_experts(layer):
         keys.pop("pre_mlp_layernorm.", None)
+
+
+def _add_stand_ins(spec: Spec, args: dict[str, Any], model: GPTModel) -> None:
+    """What TransformerEngine's modules, and others than megatron-core's, do beyond its own."""
+    if spec.output_norms:
+        norm_outputs(model, *spec.output_norms)
+    if args["apply_layernorm_1p"] or args.get("layernorm_zero_centered_gamma"):
+        centre_norms_at_zero(model)
+    if args.get("scale_embedding") and model.pre_process:
+        scale_embedding(model)

@@ -74,6 +74,15 @@ class Spec:
     """Norms of query and key heads, in a family that has them both ways."""
     window: int | None = None
     """How many tokens each sees, itself included."""
+    zero_centred: bool = False
+    """Norms have 1 added to their weights (--apply-layernorm-1p), transformers' have not."""
+    rotary_interleaved: bool = False
+    """Neighbours are rotated together (--rotary-interleaved), in transformers' the halves of a
+    head."""
+    output_norms: tuple[str, ...] = ()
+    """Where each layer has the norms of what its attention and its MLP put out, if it has any."""
+    beyond_core: bool = False
+    """The model computes what megatron-core alone cannot."""
     experts: int = 0
     topk: int = 2
     moe_ffn: int = 48

@@ -1,4 +1,5 @@
-"""What stands in for CUDA where megatron-core asks for it on paths that need no GPU."""
+"""What stands in for CUDA where megatron-core asks for it on paths that need no GPU, and for
+modules of TransformerEngine and Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ import torch
 from megatron.core import model_parallel_config
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.functional import layer_norm, rms_norm
 from torch.overrides import TorchFunctionMode
 
 
@@ -57,6 +61,57 @@ class CudaMeansCpu(TorchFunctionMode):
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         return func(*args, **kwargs)
+
+
+class _LayerNorm1P(torch.nn.LayerNorm):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return layer_norm(hidden, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class _RMSNorm1P(torch.nn.RMSNorm):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self.normalized_shape, self.weight + 1, self.eps)
+
+
+def centre_norms_at_zero(model: torch.nn.Module) -> None:
+    """Add 1 to the weights of norms when they are used, as Apex's and TransformerEngine's norms do
+    with layernorm_zero_centered_gamma (megatron/core/fusions/fused_layer_norm.py)."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.__class__ = _LayerNorm1P
+        elif isinstance(module, torch.nn.RMSNorm):
+            module.__class__ = _RMSNorm1P
+
+
+class _OutputNorm(torch.nn.RMSNorm):
+    """Sharded like any other replicated module, also where megatron-core's MLP asks it."""
+
+    def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any) -> Any:
+        state = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {}, sharded_offsets)
+
+
+def norm_outputs(model: GPTModel, attention: str, mlp: str) -> None:
+    """Norms of what attention and MLP put out, at these places in each layer.
+
+    So have them Megatron-Bridge:src/megatron/bridge/models/common/te_layers.py
+    TERowParallelLinearLayerNorm, the layers of slime:docker/patch/latest/megatron.patch, and
+    mcore-bridge:src/mcore_bridge/model/gpts/glm4.py Glm4MLP.
+    """
+    for layer in model.decoder.layers:
+        for path, module in ((attention, layer.self_attention), (mlp, layer.mlp)):
+            norm = _OutputNorm(model.config.hidden_size, eps=model.config.layernorm_epsilon)
+            place, _, name = path.rpartition(".")
+            layer.get_submodule(place).add_module(name, norm)
+            module.register_forward_hook(
+                lambda module, inputs, outputs, norm=norm: (norm(outputs[0]), *outputs[1:])
+            )
+
+
+def scale_embedding(model: GPTModel) -> None:
+    """As EmbeddingScalingMixin of Megatron-Bridge:src/megatron/bridge/models/gemma/modules.py."""
+    scale = model.config.hidden_size**0.5
+    model.embedding.register_forward_hook(lambda module, inputs, output: output * scale)
 
 
 def prepare_fsdp() -> None:

@@ -29,7 +29,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .families import FAMILIES
-from .families.base import Columns, Gated, HeadNorm, Norm, Qkv, Rows, Value, Vocabulary, Whole
+from .families.base import (
+    Columns,
+    FusedGated,
+    Gated,
+    HeadNorm,
+    Norm,
+    Qkv,
+    Rows,
+    Value,
+    Vocabulary,
+    Whole,
+)
 from .spec import PADDING_VALUE, Spec
 
 
@@ -151,14 +162,19 @@ class _Reader:
         match value:
             case Whole(hf):
                 return self._whole(hf)
-            case Norm(hf) | HeadNorm(hf):
-                return self._whole(hf)
+            case Norm(hf):
+                return self._norm(hf)
+            case HeadNorm(hf):
+                return self._heads(self._norm(hf))
             case Rows(hf, transposed):
                 return self._part(hf, 0, transposed)
             case Columns(hf, transposed):
                 return self._part(hf, 1, transposed)
             case Gated(gate, up):
                 return torch.cat([self._part(gate, 0), self._part(up, 0)])
+            case FusedGated(hf):
+                halves = self._whole(hf).chunk(2)
+                return torch.cat([half.chunk(self.size)[self.rank] for half in halves])
             case Qkv(hf, transposed):
                 return self._groups(hf, transposed).chunk(self.size)[self.rank]
             case Vocabulary(hf):
@@ -176,6 +192,21 @@ class _Reader:
             return self.hf.part(self._name(hf), axis, self.rank, self.size)
         return self.hf.part(self._name(hf), 1 - axis, self.rank, self.size).T.contiguous()
 
+    def _norm(self, hf: str) -> Tensor:
+        weight = self._whole(hf)  # between 0.5 and 1.5, where this loses no bit
+        return (weight.float() - 1).to(weight.dtype) if self.spec.zero_centred else weight
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        """Query or key heads, with what is rotated together side by side if Megatron's are so."""
+        if not self.spec.rotary_interleaved:
+            return rows
+        share = FAMILIES[self.spec.family].arguments(self.spec).get("rotary_percent", 1.0)
+        rotated = int(self.spec.head_dim * float(str(share)))
+        heads = rows.view(-1, self.spec.head_dim, *rows.shape[1:])
+        halves = heads[:, :rotated].chunk(2, dim=1)
+        pairs = torch.stack(halves, dim=2).flatten(1, 2)
+        return torch.cat([pairs, heads[:, rotated:]], dim=1).flatten(0, 1)
+
     def _groups(self, hf: str, transposed: bool) -> Tensor:
         """All query groups."""
         spec = self.spec
@@ -185,6 +216,7 @@ class _Reader:
             rows = [heads * spec.head_dim for heads in (spec.heads, spec.kv_heads, spec.kv_heads)]
             fused = self._whole(hf)
             q, k, v = torch.split(fused.T if transposed else fused, rows)
+        q, k = self._heads(q), self._heads(k)
         queries = spec.heads // spec.kv_heads * spec.head_dim
         groups: list[Tensor] = []
         for group in range(spec.kv_heads):

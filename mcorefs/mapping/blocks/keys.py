@@ -98,6 +98,8 @@ BASE_KEYS: Mapping[str, Key] = {
     "attention_dropout": soft_arg("attention_dropout", default=0.0),
 }
 """What most decoders call the same."""
+PARTIAL_ROTARY = arg("rotary_percent")
+"""partial_rotary_factor: how much of each head is rotated."""
 GQA_KEYS: Mapping[str, Key] = {
     "num_attention_heads": dim("heads"),
     "num_key_value_heads": dim("groups"),
@@ -109,18 +111,18 @@ FULL_ATTENTION_KEYS: Mapping[str, Key] = {
 }
 
 
-def _window(facts: Facts) -> Soft | None:
+def window(facts: Facts) -> Soft | None:
     """Megatron counts the tokens before the one that attends, transformers that one too
     (Megatron-LM:megatron/core/transformer/utils.py get_sliding_window_causal_mask). Soft: some
     tools write transformers' number into Megatron's argument, and a run on short sequences may
     leave the window out."""
-    window = facts.arg("window_size")
-    if isinstance(window, list | tuple) and window and type(window[0]) is int and window[0] >= 0:
-        return Soft(window[0] + 1)
-    return Soft(None) if facts.args else None
+    found = facts.arg("window_size")
+    if isinstance(found, list | tuple) and found and type(found[0]) is int and found[0] >= 0:
+        return Soft(found[0] + 1)
+    return None
 
 
-SLIDING_WINDOW = Key(_window, None)
+SLIDING_WINDOW = Key(lambda facts: window(facts) or (Soft(None) if facts.args else None), None)
 """The window of a model whose layers all have the same."""
 
 DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
@@ -128,11 +130,8 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "swiglu": (True,),
     "position_embedding_type": ("rope",),
     "rotary_percent": (1, 1.0),
-    "rotary_interleaved": (False,),
     "add_bias_linear": (False,),
     "add_qkv_bias": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
     "attention_output_gate": (False,),
@@ -148,6 +147,23 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "glu_linear_offset": (0, 0.0),
 }
 """What a decoder of RMSNorm, SwiGLU and half-split RoPE takes for granted."""
+
+
+TANH_GELU = Key(lambda facts: Proven("gelu_pytorch_tanh"))
+GEGLU_REQUIRES: Mapping[str, tuple[object, ...]] = {
+    "swiglu": (False,),
+    "quick_geglu": (False,),
+    "gated_linear_unit": (True,),
+    "activation_func": ("fast_gelu", "openai_gelu"),
+}
+"""A gate of GELU in its tanh form: only TransformerConfig can ask for it, by the function's name
+(Megatron-LM:megatron/core/activations.py fast_gelu; NeMo:nemo/collections/llm/fn/activation.py)."""
+
+NORMS_AT_ZERO: Mapping[str, tuple[object, ...]] = {
+    "layernorm_zero_centered_gamma": (True,),
+    "apply_layernorm_1p": (True,),
+}
+"""That norms have 1 added to their weights, as they have in transformers' model."""
 
 
 def decoder_requires(*but: str) -> Mapping[str, tuple[object, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mcorefs.mapping.blocks.keys import BASE_KEYS, decoder_requires, dim
+from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Key, Proven, Rule, Soft
 
@@ -34,6 +35,7 @@ MLA = (
         _HF + "q_a_layernorm.weight",
         (_AT + "linear_q_up_proj.layer_norm_weight", _AT + "q_layernorm.weight"),
         ("q_lora",),
+        gamma,
         when=_LATENT_QUERIES,
     ),
     Rule(
@@ -51,6 +53,7 @@ MLA = (
         _HF + "kv_a_layernorm.weight",
         (_AT + "linear_kv_up_proj.layer_norm_weight", _AT + "kv_layernorm.weight"),
         ("kv_lora",),
+        gamma,
     ),
     Rule(_HF + "kv_b_proj.weight", _AT + "linear_kv_up_proj.weight", ("kv_rows", "kv_lora")),
     Rule(_HF + "o_proj.weight", _AT + "linear_proj.weight", ("hidden", "v_rows")),
@@ -123,6 +126,7 @@ MLA_KEYS: Mapping[str, Key] = {
 MLA_REQUIRES: Mapping[str, tuple[object, ...]] = {
     **decoder_requires("softmax_scale"),
     "multi_latent_attention": (True,),
+    "rotary_interleaved": (False,),
     "position_embedding_type": ("rope", "none"),
     "experimental_attention_variant": (),
 }

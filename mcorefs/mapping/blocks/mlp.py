@@ -1,4 +1,4 @@
-"""Gated MLPs: of a layer, of an expert, of shared experts; routers.
+"""MLPs, gated or not: of a layer, of an expert, of shared experts; routers.
 
 Formulas: Megatron-LM:megatron/core/transformer/mlp.py (gate and up), moe/router.py.
 """
@@ -39,6 +39,21 @@ GATED_MLP_ALL_OR_NO_BIAS = tuple(
     rule for pair in zip(GATED_MLP, _BIASES, strict=True) for rule in pair
 )
 """With biases (--add-bias-linear), or with none."""
+
+
+FUSED_GATED_MLP = (
+    Rule(LAYER + "mlp.gate_up_proj.weight", _FC1 + "weight", ("gate_up", "hidden")),
+    Rule(LAYER + "mlp.down_proj.weight", _FC2 + "weight", ("hidden", "ffn")),
+)
+"""With gate above up in one tensor, as Megatron has them."""
+
+MLP_ALL_OR_NO_BIAS = (
+    Rule(LAYER + "mlp.up_proj.weight", _FC1 + "weight", ("ffn", "hidden")),
+    Rule(LAYER + "mlp.up_proj.bias", _FC1 + "bias", ("ffn",), when=MLP_BIAS),
+    Rule(LAYER + "mlp.down_proj.weight", _FC2 + "weight", ("hidden", "ffn")),
+    Rule(LAYER + "mlp.down_proj.bias", _FC2 + "bias", ("hidden",), when=MLP_BIAS),
+)
+"""Not gated, with biases or with none."""
 
 
 def router(hf: str, sorts_as: str = "") -> Rule:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks.names import INPUT_NORM, LAYER, MLP_NORM
+from dataclasses import replace
+
+from mcorefs.arithmetic import Add
+from mcorefs.mapping.blocks.names import (
+    ATTENTION_OUTPUT_NORM,
+    INPUT_NORM,
+    LAYER,
+    MLP_NORM,
+    MLP_OUTPUT_NORM,
+)
 from mcorefs.mapping.family import Block, Facts, Rule, whole
 from mcorefs.views import Narrow, Permute, View
 
@@ -29,9 +38,19 @@ HEAD = Rule(
 )
 
 
+def gamma(view: View, facts: Facts) -> View:
+    """The weight of a norm as it multiplies, which Megatron may hold around zero."""
+    return Add(view, 1.0) if facts.norms_at_zero else view
+
+
 def norm(hf: str, *at: str) -> Rule:
     """The weight of a norm of hidden states; `at`: where it may be, up to the parameter."""
-    return Rule(hf + "weight", tuple(f"{place}weight" for place in at), ("hidden",))
+    return Rule(hf + "weight", tuple(f"{place}weight" for place in at), ("hidden",), gamma)
+
+
+def at_zero(*rules: Rule) -> tuple[Rule, ...]:
+    """Rules of norms whose weights transformers adds 1 to as well: as they are stored."""
+    return tuple(replace(rule, block=whole) for rule in rules)
 
 
 def layer_norm(hf: str, *at: str) -> tuple[Rule, Rule]:
@@ -45,3 +64,10 @@ LAYER_NORMS = (
     norm(LAYER + "input_layernorm.", *INPUT_NORM),
     norm(LAYER + "post_attention_layernorm.", *MLP_NORM),
 )
+SANDWICH_NORMS = (
+    norm(LAYER + "input_layernorm.", *INPUT_NORM),
+    norm(LAYER + "post_attention_layernorm.", *ATTENTION_OUTPUT_NORM),
+    norm(LAYER + "pre_feedforward_layernorm.", *MLP_NORM),
+    norm(LAYER + "post_feedforward_layernorm.", *MLP_OUTPUT_NORM),
+)
+"""Before and behind attention and MLP, as Gemma calls them."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from mcorefs.mapping.blocks.model import unpad
+from mcorefs.mapping.blocks.model import gamma, unpad
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Key, Proven, Rule
 
@@ -35,18 +35,20 @@ def mtp_behind(layer: Iterable[Rule]) -> tuple[Rule, ...]:
     """Rules of the layers for multi-token prediction of a model whose decoder's layers follow the
     rules `layer`."""
 
-    def own(hf: str, source: str, *shape: str) -> Rule:
-        return Rule(LAYER + hf, _AT + source, shape, stack="mtp")
+    def norm(hf: str, source: str) -> Rule:
+        return Rule(LAYER + hf, _AT + source, ("hidden",), gamma, stack="mtp")
 
     head = ("output_layer.weight", "embedding.word_embeddings.weight")
     vocabulary = ("vocab", "hidden")
     return (
         Rule(LAYER + "embed_tokens.weight", head[1], vocabulary, unpad, stack="mtp"),
-        own("enorm.weight", "enorm.weight", "hidden"),
-        own("hnorm.weight", "hnorm.weight", "hidden"),
-        own("eh_proj.weight", "eh_proj.weight", "hidden", "mtp_columns"),
+        norm("enorm.weight", "enorm.weight"),
+        norm("hnorm.weight", "hnorm.weight"),
+        Rule(
+            LAYER + "eh_proj.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"
+        ),
         *map(_inside, layer),
-        own("shared_head.norm.weight", "final_layernorm.weight", "hidden"),
+        norm("shared_head.norm.weight", "final_layernorm.weight"),
         Rule(LAYER + "shared_head.head.weight", head, vocabulary, unpad, stack="mtp"),
     )
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from mcorefs.mapping.families.deepseek_v2 import DEEPSEEK_V2
 from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
+from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
+from mcorefs.mapping.families.gemma import GEMMA
+from mcorefs.mapping.families.gemma2 import GEMMA2
+from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
+from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
+from mcorefs.mapping.families.nemotron import NEMOTRON
 from mcorefs.mapping.families.olmoe import OLMOE
+from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
@@ -17,14 +24,21 @@ from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
-    GLM4_MOE,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    ERNIE4_5,
+    GEMMA,
+    GEMMA2,
+    GEMMA3_TEXT,
+    GLM4,
+    GLM4_MOE,
     GPT2,
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    NEMOTRON,
     OLMOE,
+    PHI3,
     QWEN2,
     QWEN2_MOE,
     QWEN3,

@@ -82,7 +82,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": constant(False),
     },
     requires={
-        **decoder_requires("add_qkv_bias", "rotary_percent", "rotary_interleaved"),
+        **decoder_requires("add_qkv_bias", "rotary_percent"),
         "normalization": ("LayerNorm",),
         "swiglu": (False,),
         "squared_relu": (False,),

@@ -9,31 +9,54 @@ from ..spec import Spec
 from .base import Family
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .ernie4_5 import ERNIE4_5
+from .gemma import GEMMA
+from .gemma2 import GEMMA2
+from .gemma3_text import GEMMA3_TEXT
+from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .nemotron import NEMOTRON
 from .olmoe import OLMOE
+from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
-    "glm4_moe": GLM4_MOE,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "ernie4_5": ERNIE4_5,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3_TEXT,
+    "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
+    "nemotron": NEMOTRON,
     "olmoe": OLMOE,
+    "phi3": PHI3,
     "qwen2": QWEN2,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
 }
+
+_MUST_BE_NAMED = ("ernie4_5", "gemma", "phi3")
+"""Nothing in a checkpoint says that it is one of these, and nothing else."""
+
+
+def family_to_name(spec: Spec) -> str | None:
+    """The family of `spec`, if the user must name it."""
+    return spec.family if spec.family in _MUST_BE_NAMED else None
+
 
 SPECS: Mapping[str, Spec] = {
     **spec.SPECS,

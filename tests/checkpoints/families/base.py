@@ -66,6 +66,13 @@ class Gated:
 
 
 @dataclass(frozen=True)
+class FusedGated:
+    """As Gated, of one Hugging Face tensor: all gate rows, then all up rows."""
+
+    hf: str
+
+
+@dataclass(frozen=True)
 class Qkv:
     """Query groups; a group is its query heads, then its key head, then its value head. Each
     tensor-parallel rank has its share of the groups' rows."""
@@ -82,7 +89,7 @@ class Vocabulary:
     hf: str
 
 
-Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | Qkv | Vocabulary
+Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | FusedGated | Qkv | Vocabulary
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
@@ -225,6 +232,8 @@ class Family:
     is saved is built from them too."""
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
+    built: Callable[[Spec], Values] = no_arguments
+    """What the model that is saved has beyond its arguments, in further arguments."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
     """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers. The layer
     inside one for multi-token prediction is the decoder's next."""

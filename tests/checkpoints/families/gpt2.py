@@ -47,6 +47,7 @@ GPT2 = Family(
         "gpt2-tp2": _GPT2.but(tp=2, vocab_size_in_args=True, seed=120),
         "gpt2-pp2-untied": _GPT2.but(pp=2, tied=False, seed=121),
         "gpt2-erf": _GPT2.but(fused_gelu=False, dtype="fp32", per_layer_keys=True, seed=122),
+        "gpt2-tp2-around-zero": _GPT2.but(tp=2, dtype="fp16", zero_centred=True, seed=124),
         "torch-gpt2-tp2-pp2": _GPT2.but(format="torch", tp=2, pp=2, names="te", seed=123),
     },
     config=_config,

@@ -19,6 +19,13 @@ LLAMA = Family(
         "llama-pp2-tied": _LLAMA.but(pp=2, tied=True, llama3_rope_factor=32.0, seed=35),
         "llama-mha-per-layer": _LLAMA.but(kv_heads=8, head_dim=8, per_layer_keys=True, seed=36),
         "llama-tp2-biased": _LLAMA.but(tp=2, linear_bias=True, seed=37),
+        "llama-tp2-around-zero": _LLAMA.but(tp=2, zero_centred=True, seed=39),
+        "torch-llama-tp2-pp2-around-zero": _LLAMA.but(
+            format="torch", tp=2, pp=2, dtype="fp32", names="te", zero_centred=True, seed=40
+        ),
+        "llama-tp2-neighbours": _LLAMA.but(
+            tp=2, rotary_interleaved=True, linear_bias=True, llama3_rope_factor=8.0, seed=41
+        ),
         "torch-llama-tp2-biased": _LLAMA.but(format="torch", tp=2, linear_bias=True, seed=38),
         "torch-llama-tp2-pp2": _LLAMA.but(format="torch", names="te", tp=2, pp=2, seed=70),
         "zarr-llama-tp2-pp2": _LLAMA.but(
