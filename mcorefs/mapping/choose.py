@@ -62,9 +62,13 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
         raise _undecided("no supported model family fits", weighed, close)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
-    fitting.sort(key=lambda family: len(doubted[family.name]))
+    fitting.sort(key=lambda family: (family.named_only, len(doubted[family.name])))
     best, *others = fitting
-    if others and len(doubted[others[0].name]) == len(doubted[best.name]):
+    rivals = [other for other in others if len(doubted[other.name]) <= len(doubted[best.name])]
+    # Where nothing is recorded there is nothing to doubt either: then nobody named such a family.
+    if not facts.args:
+        rivals = [rival for rival in rivals if not rival.named_only]
+    if rivals or best.named_only:
         raise _undecided("several model families fit", doubted, doubted)
     return Choice(
         best,
