@@ -81,7 +81,7 @@ ONLY_IN_TRANSFORMERS_4 = (
     "num_experts",
     "partial_rotary_factor",
 )
-ONLY_IN_ENGINES = ("scoring_func", "topk_method", "moe_layer_freq")
+ONLY_IN_ENGINES = ("scoring_func", "topk_method", "moe_layer_freq", "first_k_dense_replace")
 
 # -- without a reference: all from the checkpoint -------------------------------------------------
 

@@ -347,3 +347,14 @@ def test_the_bias_of_experts_tells_the_two_apart(
     )
     problems = refusal(fixtures[LATENT].root, Options(family="deepseek_v2"))
     assert any("mtp.layers.0.eh_proj.weight, which this" in problem for problem in problems)
+
+
+def test_what_only_a_name_tells_from_deepseek_v3_is_served_as_that() -> None:
+    fixture = ensure(["glm4_moe_lite-tp2"])["glm4_moe_lite-tp2"]
+    model = load(fixture.root, Options())
+    assert model.choice.family.name == "deepseek_v3"
+    told = "not glm4_moe_lite: only its name tells it apart (--family, --hf-config)"
+    assert told in model.choice.evidence
+    given = load(fixture.root, Options(hf_config=fixture.hf))
+    assert given.choice.family.name == "glm4_moe_lite"
+    assert given.config["mlp_layer_types"] == ["dense", "sparse", "sparse", "sparse"]

@@ -56,6 +56,9 @@ def _predictions(
     if spec.mtp:
         behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
         model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
+        model.config.num_mtp_layers = spec.mtp  # which some models' configs do not say
+        if hasattr(model.config, "mlp_layer_types"):
+            model.config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
         layers = MtpModel.from_pretrained(model)
     for number in range(spec.mtp):
         tokens, hidden = tokens[:, 1:], hidden[:, :-1]

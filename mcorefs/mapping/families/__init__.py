@@ -10,6 +10,7 @@ from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
 from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
+from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     GEMMA3_TEXT,
     GLM4,
     GLM4_MOE,
+    GLM4_MOE_LITE,
     GPT2,
     LLAMA,
     MISTRAL,

@@ -15,6 +15,7 @@ from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
 from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
+from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
@@ -36,6 +37,7 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3_text": GEMMA3_TEXT,
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
+    "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
     "llama": LLAMA,
     "mistral": MISTRAL,
@@ -49,7 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": QWEN3_MOE,
 }
 
-_MUST_BE_NAMED = ("ernie4_5", "gemma", "phi3")
+_MUST_BE_NAMED = ("ernie4_5", "gemma", "glm4_moe_lite", "phi3")
 """Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 
