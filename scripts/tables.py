@@ -51,13 +51,15 @@ def _families() -> Iterator[str]:
     formats = list(dict.fromkeys(spec.format for spec in SPECS.values()))
     yield "Model families, and the parallel layouts of the fixtures that prove each: written by the"
     yield "real megatron-core, they come out byte for byte as `save_pretrained` wrote the model"
-    yield "that they were made from."
+    yield "that they were made from. *If named*: by the trainer, `--hf-config` or `--family`, since"
+    yield "nothing else in a checkpoint tells them from another family, or from none."
     yield ""
     yield f"| family | {' | '.join(f'`{name}`' for name in formats)} |"
     yield f"|---|{'---|' * len(formats)}"
     for family in sorted(FAMILIES, key=lambda family: family.name):
         cells = [_layouts(family.name, name) for name in formats]
-        yield f"| {family.architecture} (`{family.name}`) | {' | '.join(cells)} |"
+        name = f"`{family.name}`" + (", if named" if family.named_only else "")
+        yield f"| {family.architecture} ({name}) | {' | '.join(cells)} |"
 
 
 def _layouts(family: str, format_: str) -> str:

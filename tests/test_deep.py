@@ -25,6 +25,7 @@ from mcorefs.verify import Findings, deep
 from mcorefs.verify.checks import deep_checks
 from mcorefs.views import Stored
 from tests.checkpoints import SPECS, Fixture, ensure
+from tests.checkpoints.families import family_to_name
 from tests.test_torch_legacy import StateDict, rewritten
 
 LEGACY = [name for name, spec in SPECS.items() if spec.format == "torch"]
@@ -38,7 +39,9 @@ def fixtures() -> dict[str, Fixture]:
 def check(fixture: Fixture, root: Path) -> tuple[Findings, Findings]:
     """(numbers, copies)."""
     reference = fixture.hf if fixture.spec.common == "no_args" else None
-    opened = open_tree(root, Options(vocab_size=fixture.spec.vocab_size, hf_config=reference))
+    family = family_to_name(fixture.spec)
+    options = Options(vocab_size=fixture.spec.vocab_size, hf_config=reference, family=family)
+    opened = open_tree(root, options)
     numbers, copies = (check.run(lambda count: None) for check in deep_checks(opened))
     return numbers, copies
 

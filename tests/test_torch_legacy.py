@@ -36,6 +36,7 @@ from mcorefs.storage import FileIdentity, Storage
 from mcorefs.tree import build
 from mcorefs.views import Stored
 from tests.checkpoints import SPECS, Fixture, ensure
+from tests.checkpoints.families import family_to_name
 
 NAMES = [name for name, spec in SPECS.items() if spec.format == "torch"]
 FILE = "model_optim_rng.pt"
@@ -50,7 +51,8 @@ def fixtures() -> Mapping[str, Fixture]:
 def served(fixture: Fixture, root: Path | None = None) -> dict[str, bytes]:
     """The safetensors files (and their index) that mcorefs makes of a fixture, or of a copy."""
     reference = fixture.hf if fixture.spec.common == "no_args" else None
-    options = Options(vocab_size=fixture.spec.vocab_size, hf_config=reference)
+    family = family_to_name(fixture.spec)
+    options = Options(vocab_size=fixture.spec.vocab_size, hf_config=reference, family=family)
     model = load(root or fixture.root, options)
     tree, _ = build(model, fixture.spec.hf_max_shard_size or "50GB", 1 << 20)
     return {
