@@ -49,7 +49,7 @@ def test_shapes_prove_every_size(fixtures: Mapping[str, Fixture], name: str) -> 
     spec = fixtures[name].spec
     facts, problems = gathered(canonical(fixtures[name]), mtp_num_layers=spec.mtp or None)
     assert problems == []
-    assert facts.dims["heads"] == facts.dims["groups"] == 8
+    assert facts.dims["heads"] == 8
     found = [facts.dims[size] for size in ("kv_lora", "qk_nope", "qk_rope", "v_head")]
     assert found == [spec.kv_lora, spec.qk_nope, spec.qk_rope, spec.v_head]
     assert facts.dims.get("q_lora") == spec.q_lora

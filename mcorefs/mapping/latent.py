@@ -30,7 +30,7 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
 def latent_sizes(
     layer: Mapping[str, View], args: Mapping[str, object], problems: list[str]
 ) -> dict[str, int]:
-    """heads, groups, q_lora, kv_lora, qk_nope, qk_rope, v_head, and rows of the projections:
+    """heads, q_lora, kv_lora, qk_nope, qk_rope, v_head, and rows of the projections:
     q_rows, kv_rows (of linear_kv_up_proj), kv_down_rows, v_rows (columns of linear_proj).
 
     `layer`: tensors by their names inside a layer. Empty for another kind of attention, and where
@@ -64,4 +64,4 @@ def latent_sizes(
         )
         return found
     sizes = {"qk_nope": nope_rows // heads, "qk_rope": rope, "v_head": proj[1] // heads}
-    return {**found, **sizes, "heads": heads, "groups": heads, "kv_lora": kv_lora}
+    return {**found, **sizes, "heads": heads, "kv_lora": kv_lora}
