@@ -90,7 +90,7 @@ def test_the_form_of_builders(fixtures: Mapping[str, Fixture], tmp_path: Path) -
     [
         ("0.2.2", LLAMA, f"{SAID_BY_CLASS} llama"),
         ("0.2.2", MOE, f"{SAID_BY_CLASS} qwen3_moe"),
-        ("0.3.1", DENSE, "has decoder.layers.*.self_attention.q_layernorm."),
+        ("0.3.1", DENSE, "has decoder.layers.*.self_attention.k_layernorm."),
         ("0.3.1", LLAMA, "not mistral: window_size is not set"),
     ],
 )

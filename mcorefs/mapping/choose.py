@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -77,17 +79,18 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
 
 
 def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """What rules the other families out, each where it does not go without saying: the tensors
-    that some have no place for, and those that the nearest lack."""
-    reasons = [reason for against in weighed.values() for reason in against]
-    yield from dict.fromkeys(reason for reason in reasons if reason.startswith("has "))
-    least = min((len(against) for against in weighed.values() if against), default=0)
-    nearest = [
-        reason for against in weighed.values() if len(against) == least for reason in against
-    ]
-    for reason in dict.fromkeys(nearest):
-        if reason.startswith("lacks "):
-            yield reason.replace("lacks", "no", 1)
+    """What rules out all other families, as briefly as that goes without layers for multi-token
+    prediction, which hold once more what those of the decoder hold."""
+
+    def weight(reason: str) -> tuple[bool, int, bool, int]:
+        return ("mtp." in reason, -counts[reason], reason.startswith("lacks "), len(reason))
+
+    left = [against for against in weighed.values() if against]
+    while left:
+        counts = Counter(reason for against in left for reason in against)
+        most = min(counts, key=weight)
+        yield re.sub("^lacks ", "no ", most)
+        left = [against for against in left if most not in against]
 
 
 def _undecided(
