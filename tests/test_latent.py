@@ -204,6 +204,34 @@ def test_a_reference_may_stretch_what_was_trained_unstretched(
     assert said(model, "rope_scaling is")
 
 
+def test_the_spelling_of_the_hub_agrees(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    """config.json as deepseek-ai/DeepSeek-V3 has it, with what describes other bytes."""
+    yarn = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+    }
+    given = reference(
+        fixtures[LATENT],
+        tmp_path,
+        rope_parameters=...,
+        rope_theta=10_000,
+        rope_scaling={**yarn, "type": "yarn"},
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_layer_freq=1,
+        ep_size=1,
+    )
+    config = load(fixtures[LATENT].root, Options(hf_config=given)).config
+    assert config["rope_scaling"] == {**yarn, "rope_type": "yarn"}
+    assert config["ep_size"] == 1
+    assert "quantization_config" not in config
+
+
 # -- config.json ----------------------------------------------------------------------------------
 
 
