@@ -170,6 +170,7 @@ OTHERWISE: Mapping[str, object] = {
     "rope_scaling": None,
     "routed_scaling_factor": 0.5,
     "topk_group": 1,
+    "swiglu_limit": 0.1,
 }
 """Changes no tensor, only what is computed with it."""
 UNREAD = {("deepseek_v2", "norm_topk_prob")}

@@ -72,10 +72,7 @@ def gather(
     _attention(dims, first, args, reference, problems)
     dims |= latent.latent_sizes(first, args, problems)
     _mtp(dims, tensors, args, problems)
-    for name, mlp in MLPS.items():
-        if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
-            dims[name] = fc2.shape[1]
-    dims |= _gate_up(dims)
+    dims |= _mlps(first)
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]
     _check_claims(dims, args, problems)
@@ -150,6 +147,18 @@ def _first_layer_with(tensors: Mapping[str, View]) -> Mapping[str, View]:
     return found
 
 
+def _mlps(first: Mapping[str, View]) -> dict[str, int]:
+    """The sizes of `MLPS`, and gate_up and moe_gate_up: how many rows gate and up have together."""
+    dims: dict[str, int] = {}
+    for name, mlp in MLPS.items():
+        if (fc2 := first.get(f"{mlp}.linear_fc2.weight")) is not None and len(fc2.shape) == 2:
+            dims[name] = fc2.shape[1]
+    for name, both in (("ffn", "gate_up"), ("moe_ffn", "moe_gate_up")):
+        if name in dims:
+            dims[both] = 2 * dims[name]
+    return dims
+
+
 def _attention(
     dims: dict[str, int],
     first: Mapping[str, View],
@@ -191,10 +200,6 @@ def _attention(
     dims["qkv_rows"] = rows
     if dims["heads"] % dims["groups"]:
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
-
-
-def _gate_up(dims: Mapping[str, int]) -> dict[str, int]:
-    return {"gate_up": 2 * dims["ffn"]} if "ffn" in dims else {}
 
 
 def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems: list[str]) -> None:

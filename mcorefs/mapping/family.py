@@ -29,9 +29,9 @@ class Facts:
 
     dims: Mapping[str, int]
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
-    gate_up (two of it), experts, moe_ffn, shared_ffn, positions, vocab (rows kept), padded_vocab
-    (rows stored), labels; mtp, the number of layers for multi-token prediction; those of latent
-    attention (`latent`). Absent where the model has no such."""
+    gate_up (two of it), experts, moe_ffn, moe_gate_up (two of it), shared_ffn, positions, vocab
+    (rows kept), padded_vocab (rows stored), labels; mtp, the number of layers for multi-token
+    prediction; those of latent attention (`latent`). Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -79,7 +79,8 @@ class Rule:
     hf: str
     """Name, with the placeholders {layer}, {expert} and {mtp}, which are enumerated."""
     source: str | tuple[str, ...]
-    """Canonical tensor with the same placeholders; of several, the one that is there."""
+    """Canonical tensor with the same placeholders; of several, the one that is there. With {expert}
+    although `hf` has none: what `block` makes of each expert's, stacked on a first axis."""
     shape: tuple[str | int, ...]
     """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
@@ -99,6 +100,10 @@ class Rule:
     @property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def stacks_experts(self) -> bool:
+        return "{expert}" in self.sources[0] and "{expert}" not in self.hf
 
 
 @dataclass(frozen=True)

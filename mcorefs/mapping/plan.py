@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
 from mcorefs.mapping.family import Facts, Family, Rule, kind
-from mcorefs.views import View, to
+from mcorefs.views import Stack, View, to
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,13 @@ def plan(
     planned: list[tuple[object, HfTensor]] = []
     for position, rule in enumerate(family.rules):
         for place in _places(rule, facts):
-            source = _source(rule, place, tensors)
-            if source is None:
-                problems.missing(rule, place)
+            sources, missing = _sources(rule, place, facts, tensors)
+            used.update(sources)
+            if missing is not None:
+                problems.missing(rule, missing)
                 continue
-            used.add(source)
             name = place.fill(rule.hf)
-            view = _apply(rule, name, tensors[source], facts, dtype, problems)
+            view = _apply(rule, name, [tensors[s] for s in sources], facts, dtype, problems)
             if view is None:
                 continue
             tensor = HfTensor(name, view, _storage(rule, place), rule.is_buffer)
@@ -104,11 +104,35 @@ def _source(rule: Rule, place: _Place, tensors: Mapping[str, View]) -> str | Non
     return next((name for s in rule.sources if (name := place.fill(s)) in tensors), None)
 
 
+def _sources(
+    rule: Rule, place: _Place, facts: Facts, tensors: Mapping[str, View]
+) -> tuple[list[str], _Place | None]:
+    """What one tensor of the rule is made from, and the first place where a part is missing."""
+    places = [place]
+    if rule.stacks_experts:
+        places = [replace(place, expert=expert) for expert in range(facts.dims.get("experts", 1))]
+    names: list[str] = []
+    missing: list[_Place] = []
+    for one in places:
+        if (name := _source(rule, one, tensors)) is None:
+            missing.append(one)
+        else:
+            names.append(name)
+    return names, next(iter(missing), None)
+
+
 def _apply(
-    rule: Rule, name: str, source: View, facts: Facts, dtype: DType | None, problems: _Problems
+    rule: Rule,
+    name: str,
+    sources: Sequence[View],
+    facts: Facts,
+    dtype: DType | None,
+    problems: _Problems,
 ) -> View | None:
+    source = sources[0]
     try:
-        view = rule.block(source, facts)
+        made = [rule.block(source := view, facts) for view in sources]
+        view = Stack(tuple(made), 0) if rule.stacks_experts else made[0]
         expected = tuple(size if isinstance(size, int) else facts.dims[size] for size in rule.shape)
         if dtype is not None and not rule.keeps_dtype:
             view = to(view, dtype)
@@ -195,8 +219,10 @@ def doubts(family: Family, tensors: Mapping[str, View], facts: Facts) -> list[st
     problems = _Problems()
     for rule in family.rules:
         for place in itertools.islice(_places(rule, facts), 1):
-            if (source := _source(rule, place, tensors)) is not None:
-                _apply(rule, place.fill(rule.hf), tensors[source], facts, None, problems)
+            sources, missing = _sources(rule, place, facts, tensors)
+            if missing is None:
+                name = place.fill(rule.hf)
+                _apply(rule, name, [tensors[s] for s in sources], facts, None, problems)
     unset = [f"{name} is not set" for name in family.given if facts.arg(name) is None]
     if family.named_only:
         unset.append("only its name tells it apart (--family, --hf-config)")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.activations import fast_gelu, squared_relu
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -70,6 +71,8 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
     if args["swiglu"]:
         named |= {"activation_func": silu, "gated_linear_unit": True}
         named["bias_activation_fusion"] = args["bias_swiglu_fusion"]
+    elif args["quick_geglu"]:
+        named |= {"activation_func": quick_gelu, "gated_linear_unit": True}
     elif args.get("activation_func") == "fast_gelu":
         named["activation_func"] = fast_gelu
     elif args["squared_relu"]:
@@ -89,7 +92,18 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
         "use_cpu_initialization": True,
         "perform_initialization": spec.format == "fsdp_dtensor",  # it notes how parameters are cut
     }
-    return kind(**{**named, **without_gpu})
+    built = kind(**{**named, **without_gpu})
+    if args["position_embedding_type"] == "yarn":
+        _set_yarn(built, args)
+    return built
+
+
+def _set_yarn(config: TransformerConfig, args: dict[str, Any]) -> None:
+    """As `_apply_yarn_config_from_args` of Megatron-LM's training/argument_utils.py."""
+    renamed = {"rotary_scaling_factor", "mscale", "mscale_all_dim"}
+    for name, value in args.items():
+        if name in renamed or name.startswith("yarn_"):
+            setattr(config, name if name.startswith("yarn_") else f"yarn_{name}", value)
 
 
 def _block_spec(
@@ -135,6 +149,11 @@ def _build_stage(
     if model.post_process and spec.bare:
         model.output_layer = None
     _add_stand_ins(spec, args, model)
+    _set_dtypes(spec, model)
+    return model
+
+
+def _set_dtypes(spec: Spec, model: GPTModel) -> None:
     model.to(TORCH_DTYPES[spec.dtype])
     for module in model.modules():
         if isinstance(module, TopKRouter):
@@ -143,7 +162,6 @@ def _build_stage(
         for name, parameter in model.named_parameters():
             if name.endswith("mlp.router.weight"):
                 parameter.data = parameter.data.float()
-    return model
 
 
 def _name_norms(keys: dict[str, str], spec: Spec, layer: int) -> None:

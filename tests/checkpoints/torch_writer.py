@@ -24,7 +24,7 @@ from torch import Tensor
 from .spec import Spec
 
 StateDict = dict[str, Any]
-_EXPERT = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(linear_fc[12])\.weight$")
+_EXPERT = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))$")
 
 
 def save_rank(
@@ -108,13 +108,13 @@ def _named(spec: Spec, state: StateDict) -> StateDict:
                 named[name.replace(".weight", "._extra_state")] = _extra_state(len(named))
     for module, layers in experts.items():
         if spec.names == "grouped_mlp":
-            fc1, fc2 = (torch.stack([w.T for w in layers[f"linear_fc{i}"]]) for i in (1, 2))
+            fc1, fc2 = (torch.stack([w.T for w in layers[f"linear_fc{i}.weight"]]) for i in (1, 2))
             named[f"{module}.weight1"] = fc1.reshape(spec.hidden, -1)
             named[f"{module}.weight2"] = fc2.reshape(-1, spec.hidden)
             continue
         for layer, weights in layers.items():
-            named |= {f"{module}.{layer}.weight{i}": weight for i, weight in enumerate(weights)}
-            named[f"{module}.{layer}._extra_state"] = _extra_state(0)
+            named |= {f"{module}.{layer}{i}": weight for i, weight in enumerate(weights)}
+            named[f"{module}.{layer.partition('.')[0]}._extra_state"] = _extra_state(0)
     return named
 
 

@@ -34,7 +34,9 @@ from .families.base import (
     FusedGated,
     Gated,
     HeadNorm,
+    Made,
     Norm,
+    Place,
     Qkv,
     Rows,
     Value,
@@ -170,13 +172,13 @@ class _Reader:
                 return self._part(hf, 0, transposed)
             case Columns(hf, transposed):
                 return self._part(hf, 1, transposed)
-            case Gated(gate, up):
-                return torch.cat([self._part(gate, 0), self._part(up, 0)])
-            case FusedGated(hf):
-                halves = self._whole(hf).chunk(2)
-                return torch.cat([half.chunk(self.size)[self.rank] for half in halves])
+            case Gated() | FusedGated():
+                return self._gated(value)
             case Qkv(hf, transposed):
                 return self._groups(hf, transposed).chunk(self.size)[self.rank]
+            case Made(names, make):
+                expert = int(self.expert) if self.expert else None
+                return make([self._whole(n) for n in names], Place(self.rank, self.size, expert))
             case Vocabulary(hf):
                 return self._padded(hf)
 
@@ -191,6 +193,12 @@ class _Reader:
         if not transposed:
             return self.hf.part(self._name(hf), axis, self.rank, self.size)
         return self.hf.part(self._name(hf), 1 - axis, self.rank, self.size).T.contiguous()
+
+    def _gated(self, value: Gated | FusedGated) -> Tensor:
+        if isinstance(value, Gated):
+            return torch.cat([self._part(value.gate, 0), self._part(value.up, 0)])
+        halves = self._whole(value.hf).chunk(2)
+        return torch.cat([half.chunk(self.size)[self.rank] for half in halves])
 
     def _norm(self, hf: str) -> Tensor:
         weight = self._whole(hf)  # between 0.5 and 1.5, where this loses no bit

@@ -102,12 +102,19 @@ GQA = (
 )
 GQA_QKV_BIAS = (GQA[0], _Q_BIAS, GQA[1], _K_BIAS, GQA[2], _V_BIAS, GQA[3])
 """With biases on q, k and v (--add-qkv-bias)."""
+GQA_ALL_BIAS = (*GQA_QKV_BIAS, _O_BIAS)
+"""With biases on q, k, v and o (--add-bias-linear)."""
 GQA_QKV_OR_NO_BIAS = tuple(
     replace(rule, when=QKV_BIAS if rule.hf.endswith(".bias") else "") for rule in GQA_QKV_BIAS
 )
 """With biases on q, k and v, or with none."""
 GQA_ALL_OR_NO_BIAS = (*GQA_QKV_OR_NO_BIAS, replace(_O_BIAS, when=QKV_BIAS))
 """With biases on q, k, v and o (--add-bias-linear), or with none."""
+
+SINKS = Rule(
+    LAYER + "self_attn.sinks", MLAYER + "self_attention.core_attention.softmax_offset", ("heads",)
+)
+"""How much each head attends to nothing (--softmax-type learnable)."""
 
 _Q_NORM, _K_NORM = (MLAYER + f"self_attention.{x}_layernorm.weight" for x in "qk")
 QK_NORM = (

@@ -12,6 +12,7 @@ from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
 from mcorefs.mapping.families.gpt2 import GPT2
+from mcorefs.mapping.families.gpt_oss import GPT_OSS
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
@@ -35,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     GLM4_MOE,
     GLM4_MOE_LITE,
     GPT2,
+    GPT_OSS,
     LLAMA,
     MISTRAL,
     MIXTRAL,

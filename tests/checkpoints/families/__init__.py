@@ -17,6 +17,7 @@ from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
 from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt2 import GPT2
+from .gpt_oss import GPT_OSS
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -39,6 +40,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
+    "gpt_oss": GPT_OSS,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,

@@ -9,8 +9,10 @@ mcorefs, with which it is compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..spec import Spec
 
@@ -89,7 +91,25 @@ class Vocabulary:
     hf: str
 
 
-Value = Whole | Norm | HeadNorm | Rows | Columns | Gated | FusedGated | Qkv | Vocabulary
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is."""
+
+    rank: int
+    size: int
+    """Number of tensor-parallel ranks, and which of them this is; of an expert, those it has."""
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `make` makes of some Hugging Face tensors for one place: a family's own layout."""
+
+    hf: tuple[str, ...]
+    make: Callable[[Sequence[Tensor], Place], Tensor]
+
+
+Value = Made | Whole | Norm | HeadNorm | Rows | Columns | Gated | FusedGated | Qkv | Vocabulary
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
