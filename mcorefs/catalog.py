@@ -6,11 +6,15 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     decoder.layers.{l}.mlp.linear_fc1.weight                 [2F, H]: gate rows, then up rows
     decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight     [2F, H]
     mtp.layers.{i}.transformer_layer.mlp.linear_fc1.weight   [2F, H]: no layer axis, ever
+    decoder.layers.{l}.self_attention.in_proj.weight.joined  query, key, value, z, beta, alpha
+    decoder.layers.{l}.self_attention.conv1d.weight.joined   query, key, value
 
+(megatron-core stores the last two in sections; `in_proj.weight` itself has rows in another order.)
 Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
-`experts.experts`), transformer/mlp.py apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys),
-transformer/multi_token_prediction.py (what is around the layer inside).
+`experts.experts`), ssm/gated_delta_net.py (sections), transformer/mlp.py
+apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys), transformer/multi_token_prediction.py
+(what is around the layer inside).
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expe
 """Router counters (megatron/core/transformer/moe/router.py): training state, never a weight."""
 
 _EXPERTS = ".mlp.experts.experts."
+_SECTIONS = {
+    "in_proj": ("query", "key", "value", "z", "beta", "alpha"),
+    "conv1d": ("query", "key", "value"),
+}
+_SECTION = re.compile(r"(.*\.(in_proj|conv1d)\.weight)\.(query|key|value|z|beta|alpha)$")
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
 
 
@@ -57,7 +66,8 @@ def build(
     problems: list[str] = []
     base, adapter = _split(stored)
     layers = _by_layer(base, fc1_ranks or {})
-    tensors = _unique(_joined_halves(_by_expert(layers), problems), problems)
+    experts = _joined_halves(_by_expert(layers), problems)
+    tensors = _unique(_joined_sections(experts, problems), problems)
     added = _unique(_by_expert(_by_layer(adapter, {})), problems)
     return Catalog(tensors, tuple(problems), added)
 
@@ -139,3 +149,26 @@ def _joined_halves(
             problems.append(f"{name}_w and {name}_v differ in shape or dtype")
         else:
             yield name, Cat((pair["w"], pair["v"]), 0)
+
+
+def _joined_sections(
+    tensors: Iterator[tuple[str, View]], problems: list[str]
+) -> Iterator[tuple[str, View]]:
+    """The sections of a gated delta net's linear layers, one above the other."""
+    found: dict[tuple[str, str], dict[str, View]] = {}
+    for name, view in tensors:
+        if match := _SECTION.match(name):
+            found.setdefault((match[1], match[2]), {})[match[3]] = view
+        else:
+            yield name, view
+    for (name, layer), sections in found.items():
+        expected = _SECTIONS[layer]
+        if missing := [section for section in expected if section not in sections]:
+            problems.append(f"{name}.{missing[0]} is missing beside {name}.{min(sections)}")
+            continue
+        try:
+            joined = Cat(tuple(sections[section] for section in expected), 0)
+        except ValueError as problem:
+            problems.append(f"{name}.{{{','.join(expected)}}} do not fit together: {problem}")
+            continue
+        yield f"{name}.joined", joined

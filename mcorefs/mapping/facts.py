@@ -21,6 +21,7 @@ MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _ROUTER = ".mlp.router.weight"
+_LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.A_log$")
 
 MLPS = {"ffn": "mlp", "moe_ffn": "mlp.experts.0", "shared_ffn": "mlp.shared_experts"}
 """The sizes of the MLPs that a layer may have."""
@@ -37,6 +38,10 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "padded_vocab": ("padded_vocab_size",),
     "positions": ("max_position_embeddings",),
     **latent.CLAIMS,
+    "linear_key_dim": ("linear_key_head_dim",),
+    "linear_value_heads": ("linear_num_value_heads",),
+    "linear_value_dim": ("linear_value_head_dim",),
+    "conv_kernel": ("linear_conv_kernel_dim",),
 }
 """Arguments that state a size which shapes prove (Megatron-LM:megatron/training/arguments.py)."""
 
@@ -71,6 +76,7 @@ def gather(
         dims["positions"] = positions.shape[0]
     _attention(dims, first, args, reference, problems)
     dims |= latent.latent_sizes(first, args, problems)
+    _delta_net(dims, first, args, reference, problems)
     _mtp(dims, tensors, args, problems)
     dims |= _mlps(first)
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
@@ -94,8 +100,10 @@ def gather(
             "the training arguments say that the output layer shares the embedding, but the "
             f"checkpoint stores {HEAD}: it is served as it is, and tie_word_embeddings is false"
         )
+    linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
     kinds = frozenset(map(kind, tensors))
-    return Facts(dims, args, _moe_layers(tensors, dims), tied, dtype, kinds), remarks, problems
+    moe_layers = _moe_layers(tensors, dims)
+    return Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers), remarks, problems
 
 
 def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
@@ -175,6 +183,8 @@ def _attention(
     if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
         return
     rows, columns = qkv.shape[0], proj.shape[1]
+    if args.get("attention_output_gate", "self_attention.A_log" in first):
+        dims["gated_q_rows"], rows = 2 * columns, rows - columns
     stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
     heads = _int(args.get("num_attention_heads")) or _int(stated)
     head_dim = _int(args.get("kv_channels")) or _int(reference.config.get("head_dim"))
@@ -197,9 +207,49 @@ def _attention(
     dims["head_dim"], dims["heads"] = head_dim, columns // head_dim
     dims["groups"] = (rows - columns) // (2 * head_dim)
     dims["q_rows"], dims["kv_rows"] = columns, dims["groups"] * head_dim
-    dims["qkv_rows"] = rows
+    dims["qkv_rows"] = qkv.shape[0]
     if dims["heads"] % dims["groups"]:
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
+
+
+def _delta_net(
+    dims: dict[str, int],
+    first: Mapping[str, View],
+    args: Mapping[str, object],
+    reference: Reference,
+    problems: list[str],
+) -> None:
+    """Heads of a gated delta net: A_log has an element per value head, out_proj a column and conv1d
+    a row per element of the values; only the number of key heads must come from elsewhere."""
+    at = "self_attention."
+    heads, out = first.get(at + "A_log"), first.get(at + "out_proj.weight")
+    conv = first.get(at + "conv1d.weight.joined", first.get(at + "conv1d.weight"))
+    if heads is None or out is None or conv is None:
+        return
+    if (len(heads.shape), len(out.shape), len(conv.shape)) != (1, 2, 3):
+        return  # what rules expect of their shapes tells more
+    values, (mixed, _, kernel) = out.shape[1], conv.shape
+    name = "linear_num_key_heads"
+    key_heads = _int(args.get(name)) or _int(reference.config.get(name))
+    if not key_heads:
+        problems.append(
+            f"{name} is recorded nowhere in the checkpoint; pass --hf-config with the directory of "
+            "the model it was trained from"
+        )
+        return
+    value_heads, keys = heads.shape[0], (mixed - values) // 2
+    uneven = not value_heads or values % value_heads or value_heads % key_heads or keys % key_heads
+    if (mixed - values) % 2 or uneven or keys <= 0:
+        problems.append(
+            f"conv1d has {mixed} rows, out_proj {values} columns and A_log {value_heads} elements, "
+            f"which {key_heads} key heads do not explain"
+        )
+        return
+    dims["linear_key_heads"], dims["linear_value_heads"] = key_heads, value_heads
+    dims["linear_key_dim"], dims["linear_value_dim"] = keys // key_heads, values // value_heads
+    dims["linear_mixed"], dims["linear_values"] = mixed, values
+    dims["linear_qkvz"], dims["linear_ba"] = mixed + values, 2 * value_heads
+    dims["conv_kernel"] = kernel
 
 
 def _check_claims(dims: Mapping[str, int], args: Mapping[str, object], problems: list[str]) -> None:

@@ -42,6 +42,8 @@ class Facts:
     """torch name of the dtype of the stored embedding."""
     kinds: frozenset[str]
     """The `kind` of every canonical tensor."""
+    linear_layers: frozenset[int] = frozenset()
+    """Layers whose attention is linear: gated delta nets."""
 
     @property
     def mtp_layers(self) -> range:
@@ -61,6 +63,17 @@ class Facts:
     def arg(self, *names: str) -> object | None:
         """The first of `names` that is set: argument names drift between Megatron versions."""
         return next((self.args[name] for name in names if name in self.args), None)
+
+
+def is_in(rule: Rule, layer: int, facts: Facts) -> bool:
+    """Whether `rule` speaks of that layer."""
+    match rule.layers:
+        case "dense" | "moe":
+            return (layer in facts.moe_layers) == (rule.layers == "moe")
+        case "full" | "linear":
+            return (layer in facts.linear_layers) == (rule.layers == "linear")
+        case _:
+            return True
 
 
 Block = Callable[[View, Facts], View]
@@ -84,7 +97,8 @@ class Rule:
     shape: tuple[str | int, ...]
     """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
-    layers: Literal["all", "dense", "moe"] = "all"
+    layers: Literal["all", "dense", "moe", "full", "linear"] = "all"
+    """Those without and with experts; those of full and of linear attention."""
     when: str = ""
     """The tensors exist only in models that hold canonical tensors of this kind (* for numbers)."""
     keeps_dtype: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
-from mcorefs.mapping.family import Facts, Family, Rule, kind
+from mcorefs.mapping.family import Facts, Family, Rule, is_in, kind
 from mcorefs.views import Stack, View, to
 
 
@@ -95,7 +95,7 @@ def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
         layers = range(facts.dims["layers"])
     experts = range(facts.dims.get("experts", 0)) if "{expert}" in rule.hf else range(1)
     for layer in layers:
-        if rule.layers == "all" or (layer in facts.moe_layers) == (rule.layers == "moe"):
+        if is_in(rule, layer, facts):
             for expert in experts:
                 yield _Place(layer, expert, layer - first)
 

@@ -121,6 +121,10 @@ def _block_spec(
             attention.core_attention = LatentCore
         if FAMILIES[spec.family].norms_whole_projections:
             attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
+    if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
+        from .delta_net import with_delta_nets  # which megatron-core 0.15 has not
+
+        block.layer_specs = with_delta_nets(config, block.layer_specs, first)
     return block
 
 

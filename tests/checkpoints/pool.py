@@ -24,6 +24,7 @@ from .spec import ADAPTED, HEADED, Spec
 
 GENERATOR_FILES = (
     "adapters.py",
+    "delta_net.py",
     "families/base.py",
     "forward.py",
     "fsdp_writer.py",

@@ -123,6 +123,7 @@ def te_name(name: str, state: StateDict) -> str:
     for multi-token prediction is called what megatron-core calls it since 0.17."""
     for norm, linear in (
         ("input_layernorm.", "self_attention.linear_qkv."),
+        ("input_layernorm.", "self_attention.in_proj."),
         ("pre_mlp_layernorm.", "mlp.linear_fc1."),
         ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj."),
         ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj."),

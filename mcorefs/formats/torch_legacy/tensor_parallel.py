@@ -94,6 +94,12 @@ _CUTS = {
     "router.ga_steps": Cut.WHOLE,
     "shared_experts.gate_weight": Cut.WHOLE,
     "eh_proj.weight": Cut.ROWS,
+    **dict.fromkeys(
+        (f"weight.{part}" for part in ("query", "key", "value", "z", "beta", "alpha")), Cut.ROWS
+    ),
+    "self_attention.A_log": Cut.ROWS,
+    "self_attention.dt_bias": Cut.ROWS,
+    "out_proj.weight": Cut.COLUMNS,
 }
 """By the last two words of a name; norms are known by their name."""
 

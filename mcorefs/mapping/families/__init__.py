@@ -23,6 +23,7 @@ from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
+from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -47,4 +48,5 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
+    QWEN3_NEXT,
 )

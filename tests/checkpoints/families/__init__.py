@@ -28,6 +28,7 @@ from .qwen2 import QWEN2
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_moe import QWEN3_MOE
+from .qwen3_next import QWEN3_NEXT
 
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
@@ -51,6 +52,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
+    "qwen3_next": QWEN3_NEXT,
 }
 
 _MUST_BE_NAMED = ("ernie4_5", "gemma", "glm4_moe_lite", "phi3")

@@ -1,0 +1,52 @@
+"""The linear layers that a gated delta net holds as one, under the names that torch_dist gives
+their parts.
+
+Each tensor-parallel rank has its share of the rows of each part, one part after the other
+(Megatron-LM:megatron/core/ssm/gated_delta_net.py GatedDeltaNet.sharded_state_dict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mcorefs.formats.torch_legacy.tensor_parallel import Part
+
+_A_LOG = ".A_log"
+
+
+def divided(parts: Mapping[str, Part], problems: list[str]) -> dict[str, Part]:
+    """`parts` of one rank, with in_proj and conv1d of gated delta nets divided."""
+    found = dict(parts)
+    for name in parts:
+        if name.endswith(_A_LOG):
+            module = name.removesuffix(_A_LOG)
+            for whole, sections in _sections(module, parts, problems):
+                at, part = 0, found.pop(whole)
+                for section, rows in sections.items():
+                    found[f"{whole}.{section}"] = part.narrow(0, at, rows)
+                    at += rows
+    return found
+
+
+def _sections(
+    module: str, parts: Mapping[str, Part], problems: list[str]
+) -> Iterator[tuple[str, dict[str, int]]]:
+    """(name, rows of each section) of what is to be divided.
+
+    Rows of values are the columns of out_proj, and there is one of beta and alpha per value head.
+    """
+    names = [f"{module}.{name}.weight" for name in ("in_proj", "conv1d", "out_proj")]
+    if not all(name in parts and len(parts[name].shape) > 1 for name in names):
+        return  # not megatron-core's module
+    (rows, *_), (mixed, *_), (_, values, *_) = (parts[name].shape for name in names)
+    heads = parts[module + _A_LOG].shape[0] if parts[module + _A_LOG].shape else 0
+    keys, rest = divmod(mixed - values, 2)
+    if rest or keys < 1 or rows != mixed + values + 2 * heads:
+        problems.append(
+            f"{names[0]} has {rows} rows on a rank and {names[1]} {mixed}, which {values} columns "
+            f"of out_proj and {heads} value heads do not explain"
+        )
+        return
+    mixer = {"query": keys, "key": keys, "value": values}
+    yield names[0], {**mixer, "z": values, "beta": heads, "alpha": heads}
+    yield names[1], mixer

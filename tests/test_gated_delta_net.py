@@ -1,0 +1,200 @@
+"""Gated delta nets: their sections, how many heads they have, and whose order their rows are in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from mcorefs import catalog
+from mcorefs.boxes import Shape, row_major_strides
+from mcorefs.dtypes import BF16
+from mcorefs.errors import MappingError
+from mcorefs.formats.torch_dist import TorchDist
+from mcorefs.formats.torch_legacy.delta_net import divided
+from mcorefs.formats.torch_legacy.tensor_parallel import Part
+from mcorefs.index import Span
+from mcorefs.mapping.facts import gather
+from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
+from mcorefs.mapping.plan import plan
+from mcorefs.mapping.reference import NO_REFERENCE, Reference
+from mcorefs.model import Options, load
+from mcorefs.views import View
+from tests.checkpoints import Fixture, ensure
+from tests.edited import with_args
+
+AT = "decoder.layers.0.self_attention."
+NEXT = "qwen3_next-tp2-ep2"
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> Mapping[str, Fixture]:
+    return ensure([NEXT, "qwen3-tp2"])
+
+
+def canonical(fixture: Fixture) -> tuple[dict[str, View], tuple[str, ...]]:
+    built = catalog.build(TorchDist().index(fixture.iteration).tensors)
+    return dict(built.tensors), built.problems
+
+
+def refusal(call: Callable[[], object]) -> tuple[str, ...]:
+    with pytest.raises(MappingError) as caught:
+        call()
+    return caught.value.problems
+
+
+# -- sections -------------------------------------------------------------------------------------
+
+
+def test_a_missing_section_is_named(fixtures: Mapping[str, Fixture]) -> None:
+    stored = dict(TorchDist().index(fixtures[NEXT].iteration).tensors)
+    del stored[AT + "in_proj.weight.z"]
+    problems = catalog.build(stored).problems
+    assert problems == (f"{AT}in_proj.weight.z is missing beside {AT}in_proj.weight.alpha",)
+
+
+def test_sections_that_do_not_fit_together(fixtures: Mapping[str, Fixture]) -> None:
+    stored = dict(TorchDist().index(fixtures[NEXT].iteration).tensors)
+    stored[AT + "conv1d.weight.key"] = stored[AT + "in_proj.weight.key"]
+    (problem,) = catalog.build(stored).problems
+    assert problem.startswith(f"{AT}conv1d.weight.{{query,key,value}} do not fit together")
+
+
+def part(*shape: int) -> Part:
+    return Part(Span("file", 0, 1 << 20), BF16, shape, row_major_strides(shape), 0)
+
+
+def test_a_rank_of_the_legacy_format_is_divided() -> None:
+    parts = {
+        AT + "in_proj.weight": part(2 * 8 + 2 * 24 + 2 * 2, 64),
+        AT + "conv1d.weight": part(2 * 8 + 24, 1, 4),
+        AT + "out_proj.weight": part(64, 24),
+        AT + "A_log": part(2),
+    }
+    problems: list[str] = []
+    found = divided(parts, problems)
+    assert problems == []
+    shapes: dict[str, Shape] = {name.removeprefix(AT): p.shape for name, p in found.items()}
+    assert shapes["in_proj.weight.value"] == shapes["in_proj.weight.z"] == (24, 64)
+    assert shapes["in_proj.weight.alpha"] == (2, 64)
+    assert shapes["conv1d.weight.key"] == (8, 1, 4)
+    assert found[AT + "in_proj.weight.alpha"].first == (2 * 8 + 2 * 24 + 2) * 64
+    assert AT + "in_proj.weight" not in found
+    divided({**parts, AT + "A_log": part(3)}, problems)
+    (problem,) = problems
+    assert problem.startswith(f"{AT}in_proj.weight has 68 rows on a rank and {AT}conv1d.weight 40")
+
+
+# -- facts ----------------------------------------------------------------------------------------
+
+
+def problems_of(tensors: Mapping[str, View], **args: object) -> list[str]:
+    known = {"linear_num_key_heads": 2, "apply_layernorm_1p": True, **args}
+    facts, _, problems = gather(tensors, known, NO_REFERENCE, 301)
+    return [*problems, *plan(QWEN3_NEXT, tensors, facts)[1]]
+
+
+@pytest.mark.parametrize(
+    ("argument", "claim", "shown"),
+    [
+        ("linear_num_value_heads", 8, 4),
+        ("linear_key_head_dim", 16, 8),
+        ("linear_value_head_dim", 24, 12),
+        ("linear_conv_kernel_dim", 2, 4),
+        ("num_attention_heads", 16, 8),
+    ],
+)
+def test_args_that_contradict_shapes(
+    fixtures: Mapping[str, Fixture], argument: str, claim: int, shown: int
+) -> None:
+    tensors, _ = canonical(fixtures[NEXT])
+    assert problems_of(tensors) == []
+    (problem,) = problems_of(tensors, **{argument: claim})
+    assert problem == (
+        f"{argument} is {claim} in the training arguments but the tensor shapes say {shown}"
+    )
+
+
+def test_the_number_of_key_heads_needs_a_source(fixtures: Mapping[str, Fixture]) -> None:
+    tensors, _ = canonical(fixtures[NEXT])
+    problems = gather(tensors, {}, NO_REFERENCE)[2]
+    assert any("linear_num_key_heads is recorded nowhere" in problem for problem in problems)
+    reference = Reference({"linear_num_key_heads": 2}, "--hf-config")
+    facts, _, problems = gather(tensors, {}, reference)
+    assert problems == []
+    assert (facts.dims["linear_key_heads"], facts.dims["linear_key_dim"]) == (2, 8)
+    (problem,) = gather(tensors, {"linear_num_key_heads": 3}, NO_REFERENCE)[2]
+    assert problem.endswith("which 3 key heads do not explain")
+
+
+def test_gated_attention_is_counted_without_its_gates(fixtures: Mapping[str, Fixture]) -> None:
+    tensors, _ = canonical(fixtures[NEXT])
+    dims = gather(tensors, {"attention_output_gate": True}, NO_REFERENCE)[0].dims
+    assert (dims["heads"], dims["groups"], dims["gated_q_rows"]) == (8, 4, 256)
+    dense, _ = canonical(fixtures["qwen3-tp2"])
+    assert gather(dense, {}, NO_REFERENCE)[0].dims["groups"] == 4
+
+
+# -- which model ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention_output_gate", False),
+        ("apply_layernorm_1p", False),
+        ("experimental_attention_variant", "dsa"),
+        ("rotary_interleaved", True),
+        ("add_bias_linear", True),
+        ("moe_router_score_function", "sigmoid"),
+    ],
+)
+def test_arguments_that_mean_another_model_are_refused(
+    fixtures: Mapping[str, Fixture], name: str, value: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[NEXT], tmp_path, **{name: value})
+    problems = refusal(lambda: load(root, Options()))
+    assert any(f"{name}={value!r}" in problem for problem in problems)
+
+
+def test_norms_that_are_not_around_zero_are_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = with_args(fixtures[NEXT], tmp_path, apply_layernorm_1p=...)
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert "apply_layernorm_1p is set, so that norms are not around zero" in problem
+
+
+def test_rows_in_an_order_that_nothing_tells_are_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """As formats hold them that keep what a rank has; ms-swift's are known by its arguments."""
+    tensors, _ = canonical(fixtures[NEXT])
+    bare = {name.removesuffix(".joined"): view for name, view in tensors.items()}
+    (problem,) = problems_of(bare)
+    assert problem.startswith("the rows of self_attention.in_proj.weight lie in an order that noth")
+    assert problems_of(bare, tuner_type="full") == []
+    (problem,) = problems_of(tensors, tuner_type="full")
+    assert problem.startswith(
+        "ms-swift trained it, which orders the rows of self_attention.in_proj.w"
+    )
+
+
+def test_multi_token_prediction_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    tensors, _ = canonical(fixtures[NEXT])
+    tensors["mtp.layers.0.eh_proj.weight"] = tensors["decoder.final_layernorm.weight"]
+    assert problems_of(tensors, mtp_num_layers=1) == [
+        "the checkpoint holds mtp.layers.0.eh_proj.weight, which this family has no place for"
+    ]
+
+
+def test_the_norm_of_a_gated_delta_net_is_not_around_zero(fixtures: Mapping[str, Fixture]) -> None:
+    """(w + 1) of what training made of it, rounded once, for all bits that it may have."""
+    tensors, _ = canonical(fixtures[NEXT])
+    facts, _, _ = gather(tensors, {"linear_num_key_heads": 2}, NO_REFERENCE, 301)
+    planned = {tensor.name: tensor for tensor in plan(QWEN3_NEXT, tensors, facts)[0]}
+    norm = planned["model.layers.0.linear_attn.norm.weight"].view
+    assert type(norm).__name__ == "Add"
+    assert norm.sources == (tensors[AT + "out_norm.weight"],)
+    assert planned["model.layers.0.input_layernorm.weight"].view is not norm
