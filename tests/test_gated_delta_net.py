@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from mcorefs import catalog
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import BF16
 from mcorefs.errors import MappingError
+from mcorefs.files import read_all
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.formats.torch_legacy.delta_net import divided
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
@@ -20,17 +29,20 @@ from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
 from mcorefs.mapping.plan import plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
+from mcorefs.tree import build
 from mcorefs.views import View
 from tests.checkpoints import Fixture, ensure
 from tests.edited import with_args
 
+KEY_HEADS = 2
+IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
 AT = "decoder.layers.0.self_attention."
-NEXT = "qwen3_next-tp2-ep2"
+NEXT, DENSE, EXPERTS = "qwen3_next-tp2-ep2", "qwen3_5_text-tp2", "qwen3_5_moe_text-tp2-ep2"
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> Mapping[str, Fixture]:
-    return ensure([NEXT, "qwen3-tp2"])
+    return ensure([NEXT, DENSE, EXPERTS, "qwen3-tp2"])
 
 
 def canonical(fixture: Fixture) -> tuple[dict[str, View], tuple[str, ...]]:
@@ -198,3 +210,87 @@ def test_the_norm_of_a_gated_delta_net_is_not_around_zero(fixtures: Mapping[str,
     assert type(norm).__name__ == "Add"
     assert norm.sources == (tensors[AT + "out_norm.weight"],)
     assert planned["model.layers.0.input_layernorm.weight"].view is not norm
+
+
+def test_a_model_of_experts_is_qwen3_next_unless_something_tells(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """megatron-core holds both alike, and they compute the same."""
+    mrope = load(fixtures[EXPERTS].root, Options()).choice
+    assert mrope.family.name == "qwen3_5_moe_text"
+    root = with_args(fixtures[EXPERTS], tmp_path, position_embedding_type="rope", mrope_section=...)
+    choice = load(root, Options()).choice
+    assert choice.family.name == "qwen3_next"
+    assert choice.evidence[-1] == "not qwen3_5_moe_text: mrope_section is not set"
+    named = load(root, Options(family="qwen3_5_moe_text"))
+    assert named.choice.family.name == "qwen3_5_moe_text"
+    served = {tensor.name for tensor in named.tensors}
+    assert "model.layers.0.linear_attn.in_proj_b.weight" in served
+    assert load(fixtures[DENSE].root, Options()).choice.family.name == "qwen3_5_text"
+
+
+# -- ms-swift -------------------------------------------------------------------------------------
+
+
+def grouped(*sections: Tensor) -> Tensor:
+    """As mcore-bridge:src/mcore_bridge/bridge/gpt_bridge.py _set_linear_in_proj has them."""
+    heads = [section.reshape(KEY_HEADS, -1, *section.shape[1:]) for section in sections]
+    return torch.cat(heads, dim=1).flatten(0, 1)
+
+
+def each_gate_behind_its_query(qkv: Tensor) -> Tensor:
+    """As mcore-bridge:src/mcore_bridge/model/modules/gated_self_attention.py takes them apart."""
+    groups = [
+        torch.cat([rows[[0, 2, 1, 3]].flatten(0, 1), others.flatten(0, 1)])
+        for rows, others in ((group[:4], group[4:]) for group in qkv.view(4, 6, 16, -1))
+    ]  # two queries, their two gates, key, value
+    return torch.cat(groups)
+
+
+def as_ms_swift_saves(fixture: Fixture, directory: Path) -> Path:
+    """The fixture with its gated delta nets as ms-swift's module holds them."""
+    root = with_args(fixture, directory, tuner_type="full")
+    iteration = root / fixture.iteration.name
+    reader = FileSystemReader(iteration)
+    state: dict[str, Any] = {
+        fqn: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for fqn, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp_load(state, storage_reader=reader, no_dist=True)
+    for module in sorted(fqn.removesuffix("A_log") for fqn in state if fqn.endswith("A_log")):
+        for layer, sections in (("in_proj", IN_PROJ), ("conv1d", IN_PROJ[:3])):
+            held = [state.pop(f"{module}{layer}.weight.{section}") for section in sections]
+            state[f"{module}{layer}.weight"] = grouped(*held)
+        norm = state[module + "out_norm.weight"]
+        state[module + "out_norm.weight"] = (norm.float() + 1).to(norm.dtype)
+    for fqn in [fqn for fqn in state if fqn.endswith("linear_qkv.weight")]:
+        state[fqn] = each_gate_behind_its_query(state[fqn])
+    for file in (*iteration.glob("*.distcp"), iteration / ".metadata"):
+        file.unlink()
+    dcp_save(state, storage_writer=FileSystemWriter(iteration), no_dist=True)
+    return root
+
+
+@pytest.mark.parametrize("name", [DENSE, EXPERTS])
+def test_the_rows_of_ms_swift(fixtures: Mapping[str, Fixture], name: str, tmp_path: Path) -> None:
+    fixture = fixtures[name]
+    model = load(as_ms_swift_saves(fixture, tmp_path), Options())
+    assert model.choice.family.name == fixture.spec.family
+    tree, _ = build(model, fixture.spec.hf_max_shard_size or "50GB", 1 << 20)
+    files = sorted(fixture.hf.glob("*.safetensors"))
+    assert files
+    for file in files:
+        assert read_all(tree.files[file.name]) == file.read_bytes(), file.name
+
+
+def test_the_rows_of_ms_swift_taken_for_megatron_cores_are_seen(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    root = as_ms_swift_saves(fixtures[DENSE], tmp_path / "swift")
+    args = dict(TorchDist().index(root / fixtures[DENSE].iteration.name).args)
+    del args["tuner_type"]
+    common = root / fixtures[DENSE].iteration.name / "common.pt"
+    torch.save({"args": Namespace(**args), "checkpoint_version": 3.0}, common)
+    problems = refusal(lambda: load(root, Options()))
+    assert any("lie in an order that nothing tells" in problem for problem in problems)

@@ -2,10 +2,11 @@
 
 Formulas: Megatron-LM:megatron/core/ssm/gated_delta_net.py, transformer/attention.py
 get_query_key_value_tensors; checked against GDNLinearMapping and merge_qkv_weights of
-Megatron-Bridge:src/megatron/bridge/models/conversion/param_mapping.py. ms-swift has a module of its
-own, whose rows are grouped by key head and whose norm is not around zero
-(mcore-bridge:src/mcore_bridge/model/modules/gated_delta_net.py, bridge/gpt_bridge.py
-_set_linear_in_proj).
+Megatron-Bridge:src/megatron/bridge/models/conversion/param_mapping.py. ms-swift has modules of its
+own: rows of its gated delta nets are grouped by key head, their norm is not around zero, and each
+gate of its attention lies behind its query
+(mcore-bridge:src/mcore_bridge/model/modules/gated_delta_net.py, gated_self_attention.py,
+bridge/gpt_bridge.py _set_linear_in_proj).
 """
 
 from __future__ import annotations
@@ -29,16 +30,25 @@ _GROUPED = "decoder.layers.*.self_attention.in_proj.weight"
 _SWIFT = "tuner_type"
 """An argument that only ms-swift records."""
 
+
+def _is_of_core(facts: Facts) -> bool:
+    """Whether the modules are megatron-core's, or else ms-swift's; see `known_rows`."""
+    return _JOINED in facts.kinds
+
+
 # -- gated attention ------------------------------------------------------------------------------
 
 
 def _gated_query(view: View, facts: Facts) -> View:
-    """q_proj with a gate behind each query head; Megatron has the gates of a group behind its
-    queries."""
+    """q_proj with a gate behind each query head; megatron-core has the gates of a group behind its
+    queries, ms-swift as transformers has them."""
     groups, head_dim = facts.dims["groups"], facts.dims["head_dim"]
     per_group = facts.dims["heads"] // groups
     rows = Unflatten(view, 0, (groups, 2 * per_group + 2, head_dim))
-    both = Unflatten(Narrow(rows, 1, 0, 2 * per_group), 1, (2, per_group))
+    queries = Narrow(rows, 1, 0, 2 * per_group)
+    if not _is_of_core(facts):
+        return Flatten(queries, 0, 3)
+    both = Unflatten(queries, 1, (2, per_group))
     axes = (0, 2, 1, *range(3, len(both.shape)))
     return Flatten(Permute(both, axes), 0, 4)
 
@@ -80,7 +90,7 @@ def _by_key_head(view: View, facts: Facts) -> Mapping[str, View]:
     for name, count in rows.items():
         if at == view.shape[0]:  # conv1d has but q, k and v
             break
-        if _JOINED in facts.kinds:
+        if _is_of_core(facts):
             found[name] = Unflatten(Narrow(view, 0, at, heads * count), 0, (heads, count))
             at += heads * count
         else:
@@ -112,7 +122,7 @@ def one_by_one(sections: str) -> Block:
 
 def _out_norm(view: View, facts: Facts) -> View:
     """megatron-core's is around zero as all its norms are; transformers' and ms-swift's are not."""
-    return Add(view, 1.0) if _JOINED in facts.kinds else view
+    return Add(view, 1.0) if _is_of_core(facts) else view
 
 
 def in_proj(hf: str, size: str, block: Block) -> Rule:
@@ -120,7 +130,7 @@ def in_proj(hf: str, size: str, block: Block) -> Rule:
     return Rule(f"{_HF}{hf}.weight", _IN_PROJ, (size, "hidden"), block, "linear")
 
 
-DELTA_NET_PARAMETERS = (
+DELTA_NET = (
     Rule(_HF + "dt_bias", _AT + "dt_bias", ("linear_value_heads",), layers="linear"),
     Rule(_HF + "A_log", _AT + "A_log", ("linear_value_heads",), layers="linear"),
     Rule(
@@ -130,8 +140,6 @@ DELTA_NET_PARAMETERS = (
         one_by_one("qkv"),
         "linear",
     ),
-)
-DELTA_NET_OUTPUT = (
     Rule(_HF + "norm.weight", _AT + "out_norm.weight", ("linear_value_dim",), _out_norm, "linear"),
     Rule(
         _HF + "out_proj.weight",
@@ -140,6 +148,7 @@ DELTA_NET_OUTPUT = (
         layers="linear",
     ),
 )
+"""What is no part of in_proj, in the order of transformers' module."""
 HYBRID_NORMS = at_zero(
     norm(LAYER + "input_layernorm.", *INPUT_NORM, _AT + "in_proj.layer_norm_"),
     norm(LAYER + "post_attention_layernorm.", *MLP_NORM),

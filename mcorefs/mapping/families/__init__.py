@@ -22,6 +22,7 @@ from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
+from mcorefs.mapping.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
 from mcorefs.mapping.family import Family
@@ -47,6 +48,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN2,
     QWEN2_MOE,
     QWEN3,
+    QWEN3_5,
+    QWEN3_5_MOE,
     QWEN3_MOE,
     QWEN3_NEXT,
 )

@@ -4,8 +4,7 @@ and a shared one with a gate. Without multi-token prediction."""
 from __future__ import annotations
 
 from mcorefs.mapping.blocks.delta_net import (
-    DELTA_NET_OUTPUT,
-    DELTA_NET_PARAMETERS,
+    DELTA_NET,
     FULL_QK_NORM,
     GATED_GQA,
     HYBRID_CHECKS,
@@ -38,10 +37,9 @@ QWEN3_NEXT = Family(
     architecture="Qwen3NextForCausalLM",
     rules=(
         EMBED,
-        *DELTA_NET_PARAMETERS,
+        *DELTA_NET,
         in_proj("in_proj_qkvz", "linear_qkvz", in_turns("qkvz")),
         in_proj("in_proj_ba", "linear_ba", in_turns("ba")),
-        *DELTA_NET_OUTPUT,
         *GATED_GQA,
         *FULL_QK_NORM,
         *GATED_MLP,
