@@ -514,6 +514,38 @@ def test_scaled_rotary_embeddings_of_gemma3(
     }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("stated", "kept"),
+    [
+        (YARN, YARN),
+        (
+            {"type": "yarn", "rope_theta": 1e6, **{k: YARN[k] for k in YARN if k != "rope_type"}},
+            YARN,
+        ),
+        ({"type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+        ({"rope_type": "default", "rope_theta": 1e6}, None),
+        ({"type": "mrope", "mrope_section": [16, 24, 24]}, None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2-tp2-pp2", "deepseek_v3-moonlight-tp2"])
+def test_scaling_that_ms_swift_keeps_is_not_lost(
+    fixtures: Mapping[str, Fixture], name: str, stated: object, kept: object, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[name], tmp_path, rope_scaling=stated)
+    model = load(root, Options())
+    assert model.config["rope_scaling"] == kept
+    rope = model.config["rope_parameters"]
+    assert isinstance(rope, dict)
+    assert rope["rope_type"] == ("default" if kept is None else kept["rope_type"])  # type: ignore[index]
+    if kept is not None:  # a reference may extend the context, but not without a word
+        given = reference(fixtures[name], tmp_path / "given", rope_scaling={**YARN, "factor": 8.0})
+        assert said(load(root, Options(hf_config=given)), "rope_scaling is ")
+
+
 def test_biases_are_said(fixtures: Mapping[str, Fixture]) -> None:
     for name, biased in (("llama-tp2", False), ("llama-tp2-biased", True)):
         config = load(fixtures[name].root, Options()).config

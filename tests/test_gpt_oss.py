@@ -183,6 +183,13 @@ def test_yarn_of_modelopt(fixture: Fixture, tmp_path: Path) -> None:
     assert yarn(model)["original_max_position_embeddings"] == 16
 
 
+def test_yarn_of_ms_swift(fixture: Fixture, tmp_path: Path) -> None:
+    stated = {"rope_theta": 150000, "rope_type": "yarn", "factor": 32.0, "truncate": False}
+    root = with_args(fixture, tmp_path, position_embedding_type="rope", rope_scaling=stated)
+    assert yarn(load(root, Options())) == {"rope_type": "yarn", "factor": 32.0, "truncate": False}
+    assert yarn(load(root, Options(hf_config=fixture.hf)))["factor"] == 8.0
+
+
 def test_without_yarn(fixture: Fixture, tmp_path: Path) -> None:
     found = config(fixture, tmp_path, position_embedding_type="rope")
     assert found["rope_scaling"] is None

@@ -176,14 +176,15 @@ def _attention(
 ) -> None:
     """heads, groups and head_dim: linear_qkv has (heads + 2 * groups) * head_dim rows and
     linear_proj heads * head_dim columns; only head_dim must come from elsewhere: the norm of a
-    query head shows it, but not a norm of all of them (OLMoE)."""
+    query head shows it, but not a norm of all of them (OLMoE). Between gated delta nets it also
+    has heads * head_dim rows of gates."""
     qkv = first.get("self_attention.linear_qkv.weight")
     proj = first.get("self_attention.linear_proj.weight")
     norm = first.get("self_attention.q_layernorm.weight")
     if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
         return
     rows, columns = qkv.shape[0], proj.shape[1]
-    if args.get("attention_output_gate", "self_attention.A_log" in first):
+    if "self_attention.A_log" in first and args.get("attention_output_gate", True):
         dims["gated_q_rows"], rows = 2 * columns, rows - columns
     stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
     heads = _int(args.get("num_attention_heads")) or _int(stated)
@@ -200,8 +201,8 @@ def _attention(
         return
     if columns % head_dim or (rows - columns) % (2 * head_dim) or rows <= columns:
         problems.append(
-            f"linear_qkv has {rows} rows and linear_proj {columns} columns, which no number of "
-            f"heads of size {head_dim} explains"
+            f"linear_qkv has {qkv.shape[0]} rows and linear_proj {columns} columns, which no "
+            f"number of heads of size {head_dim} explains"
         )
         return
     dims["head_dim"], dims["heads"] = head_dim, columns // head_dim

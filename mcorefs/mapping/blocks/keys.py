@@ -37,6 +37,21 @@ def constant(value: object) -> Key:
     return Key(lambda facts: Soft(value))
 
 
+_NOT_SCALING = ("type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""What a Hugging Face config may have beside the scaling, or by another name."""
+
+
+def stated_scaling(facts: Facts) -> Soft | None:
+    """What ms-swift keeps of the Hugging Face config as an argument: rope_scaling, as it is there
+    (mcore-bridge:src/mcore_bridge/config/model_config.py)."""
+    stated = facts.arg("rope_scaling")
+    if not isinstance(stated, Mapping):
+        return None
+    kept = {str(name): value for name, value in stated.items() if name not in _NOT_SCALING}
+    kept.setdefault("rope_type", stated.get("type", "default"))
+    return None if kept["rope_type"] in ("default", "mrope") else Soft(kept)
+
+
 def _rope_scaling(facts: Facts) -> object:
     """None in effect where the arguments say so: a reference may still extend the context.
 
@@ -45,6 +60,8 @@ def _rope_scaling(facts: Facts) -> object:
     The factor 8.0 is among the args even when scaling is off; low, high and the original length
     are constants there, and arguments only in NeMo and early Megatron-Bridge.
     """
+    if (stated := stated_scaling(facts)) is not None:
+        return stated
     if facts.arg("use_rope_scaling"):
         return {
             "rope_type": "llama3",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mcorefs.mapping.blocks.keys import BASE_KEYS, decoder_requires, dim
+from mcorefs.mapping.blocks.keys import BASE_KEYS, decoder_requires, dim, stated_scaling
 from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Key, Proven, Rule, Soft
@@ -90,6 +90,8 @@ def _yarn(facts: Facts) -> object:
 
     What has no argument is a constant (MLATransformerConfig in
     Megatron-LM:megatron/core/transformer/transformer_config.py)."""
+    if (stated := stated_scaling(facts)) is not None:
+        return stated
     factor = _factor(facts)
     if factor == 1:
         return Soft(None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from mcorefs.mapping.blocks.keys import BASE_KEYS
+from mcorefs.mapping.blocks.keys import BASE_KEYS, stated_scaling
 from mcorefs.mapping.family import Facts, Key, Soft
 
 MODELOPT_ORIGINAL = 131072
@@ -25,6 +25,8 @@ def _number(facts: Facts, *names: str, default: float) -> float:
 def _scaling(facts: Facts) -> object | None:
     if facts.arg("enable_gpt_oss"):
         return Soft(_described(32.0, MODELOPT_ORIGINAL, 32.0, 1.0, truncates=False))
+    if (stated := stated_scaling(facts)) is not None:
+        return stated
     if facts.arg("position_embedding_type") != "yarn":
         return BASE_KEYS["rope_scaling"].value(facts)
     factor = _number(facts, "yarn_rotary_scaling_factor", "rotary_scaling_factor", default=1.0)

@@ -35,7 +35,7 @@ _GPT_OSS = Spec(
 _MLP = HF_LAYER + "mlp."
 _CLAMP = 0.05
 """Low enough that many of these small values are clamped."""
-_YARN = {"factor": 8.0, "original": 16, "beta_fast": 16.0, "beta_slow": 2.0}
+_YARN = {"factor": 8.0, "original": 16, "beta_fast": 2.0, "beta_slow": 0.05}
 
 
 def _slides(spec: Spec) -> list[int]:
