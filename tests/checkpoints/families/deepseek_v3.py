@@ -97,6 +97,12 @@ DEEPSEEK_V3 = Family(
             mtp=1,
             seed=186,
         ),
+        "fsdp-deepseek_v3-ep2-dp4-mtp": _DEEPSEEK_V3.but(
+            format="fsdp_dtensor", main_weights=True, ep=2, dp=4, mtp=1, names="te", seed=188
+        ),
+        "dcp-deepseek_v3-dp2-mtp": _DEEPSEEK_V3.but(
+            format="torch_dcp", dp=2, mtp=1, names="te", seed=189
+        ),
         "torch-deepseek_v3-moonlight-tp2-ep2": _MOONLIGHT.but(
             format="torch", tp=2, ep=2, etp=1, seed=187
         ),
