@@ -136,6 +136,7 @@ def load_at(location: Location, options: Options) -> Model:
         beside.args,
         (*beside.tokenizers, *beside.hf_directories),
     )
+    remarks += tokenizer.remarks
     if tokenizer.largest_id is not None and tokenizer.largest_id >= facts.dims.get(
         "vocab", 1 << 62
     ):

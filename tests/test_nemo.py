@@ -33,6 +33,7 @@ from tests.checkpoints import Fixture, Spec, ensure
 from tests.edited import copy, rename
 from tests.providers import Dumper, provider
 from tests.recordings import assert_same_bytes, differences
+from tests.trained_tokenizers import trained
 
 DENSE, LLAMA, MOE = "qwen3-pp2-vpp2", "llama-tp2", "qwen3_moe-tp2-pp2-ep2"
 
@@ -232,7 +233,7 @@ def test_a_sentencepiece_model_under_its_own_name(
     fixtures: Mapping[str, Fixture], tmp_path: Path
 ) -> None:
     top = saved(fixtures[DENSE], tmp_path, model_yaml(fixtures[DENSE].spec, DENSE))
-    (top / "context/spm_32k.model").write_bytes(b"\n\5\n\3<s>")
+    (top / "context/spm_32k.model").write_bytes(trained("unigram"))
     model = load(top, Options())
     assert model.tokenizer.source == str(top / "context/spm_32k.model")
 

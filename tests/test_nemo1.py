@@ -30,6 +30,7 @@ from mcorefs.verify import checksums
 from tests.checkpoints import Fixture, Spec, ensure
 from tests.edited import copy, rename
 from tests.format_contract import served
+from tests.trained_tokenizers import trained
 
 TORCH, ZARR, QWEN2 = "llama-tp2", "zarr-llama-tp2-pp2", "qwen2-tp2-pp2"
 LEGACY = {
@@ -202,15 +203,14 @@ def test_a_sentencepiece_model_in_the_archive(
 ) -> None:
     source = folder(fixtures[TORCH], tmp_path)
     name = "b1946ac92492d2347c6235b4d2611184_tokenizer.model"
-    data = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02" * 40
-    (source / name).write_bytes(data)
+    (source / name).write_bytes(trained("llama"))
     tokenizer = {"library": "sentencepiece", "type": None, "model": f"nemo:{name}"}
     config = model_config(fixtures[TORCH].spec, tokenizer)
     (source / "model_config.yaml").write_text(yaml.safe_dump(config))
     archive = packed(source, tmp_path / "model.nemo")
     model = load(archive, options(fixtures[TORCH]))
     assert model.tokenizer.source == str(archive / name)
-    assert model.tokenizer.files["tokenizer.model"] == data
+    assert model.tokenizer.files["tokenizer.model"] == trained("llama")
 
 
 def test_records_are_checked_inside_the_archive(

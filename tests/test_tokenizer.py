@@ -197,15 +197,12 @@ def test_a_file_stands_for_its_directory(fixture: Fixture, run: Path, tmp_path: 
     assert find(place / "tokenizer.json", run, None, {}).files == find(place, run, None, {}).files
 
 
-def test_files_with_names_of_their_own(fixture: Fixture, run: Path, tmp_path: Path) -> None:
+def test_a_file_with_a_name_of_its_own(fixture: Fixture, run: Path, tmp_path: Path) -> None:
     """Served under the name that AutoTokenizer looks for, without what lies beside them."""
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "of another"}')
     shutil.copy(fixture.tokenizer / "tokenizer.json", tmp_path / "qwen.json")
-    (tmp_path / "llama2.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
     found = find(tmp_path / "qwen.json", run, None, {})
     assert found.files == {"tokenizer.json": (tmp_path / "qwen.json").read_bytes()}
-    found = find(None, run, None, {"tokenizer_model": str(tmp_path / "llama2.model")})
-    assert found.files == {"tokenizer.model": (tmp_path / "llama2.model").read_bytes()}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +214,8 @@ def test_files_with_names_of_their_own(fixture: Fixture, run: Path, tmp_path: Pa
         ("tokenizer.json", b"[" * 100_000, "not one of Hugging Face's"),
         ("x.model", b"-----BEGIN PRIVATE KEY-----", "no SentencePiece model"),
         ("x.bin", b"\n", "not a tokenizer file"),
-        ("vocab.json", b"{}", "holds no tokenizer.json"),
+        ("vocab.json", b"{}", "not one of Hugging Face's"),
+        ("merges.txt", b"", "not a tokenizer file"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(

@@ -10,11 +10,14 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
+from mcorefs.mapping import converted
 from mcorefs.mapping.config import dump
+from mcorefs.mapping.sentencepiece import is_model
+from mcorefs.mapping.tiktoken import is_vocabulary
 
 MISSING_FILE = "TOKENIZER_MISSING.txt"
 
@@ -41,6 +44,16 @@ COMPANIONS = (
 TEMPLATES = "additional_chat_templates"
 MAX_BYTES = 256 << 20
 
+HUGGING_FACE = frozenset(
+    ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+)
+"""Beside these a SentencePiece model is part of a tokenizer of Hugging Face's."""
+
+OF_THE_TOKENIZER = ("default", "llama3", "chatml", "nemotron6-moe")
+"""Prompt formats of SFTTokenizer and MultimodalTokenizer that use the tokenizer's own template
+(Megatron-LM:megatron/core/tokenizers/{text/libraries/sft,vision/libraries/multimodal}_tokenizer.py).
+"""
+
 GPT2_CONFIG: Mapping[str, object] = {
     "tokenizer_class": "GPT2Tokenizer",
     **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
@@ -59,6 +72,7 @@ class Tokenizer:
     """bos_token_id, eos_token_id and pad_token_id as far as the files say."""
     largest_id: int | None = None
     """The largest token id that the files name."""
+    remarks: tuple[str, ...] = ()
 
 
 def find(
@@ -132,7 +146,43 @@ def _open(place: Path, args: Mapping[str, object]) -> Tokenizer | str:
     is_gpt2 = args.get("tokenizer_type") == "GPT2BPETokenizer" and "merges.txt" in files
     if is_gpt2 and not {"tokenizer.json", "tokenizer_config.json"} & set(files):
         files["tokenizer_config.json"] = dump(GPT2_CONFIG)
-    return _tokenizer(files, str(place))
+    try:
+        made = _converted(files, args)
+    except ValueError as problem:
+        return str(problem)
+    found = _tokenizer({**files, **made}, str(place))
+    if isinstance(found, str):
+        return found
+    return replace(found, remarks=tuple(_remarks(found, args, bool(made))))
+
+
+def _converted(files: Mapping[str, bytes], args: Mapping[str, object]) -> Mapping[str, bytes]:
+    """Hugging Face's files where there are only Megatron's. Raises ValueError if they make none."""
+    is_tiktoken = args.get("tokenizer_type") == converted.TIKTOKEN
+    if is_tiktoken and is_vocabulary(files.get("tokenizer.json")):
+        return converted.of_tiktoken(files["tokenizer.json"], args)
+    model = files.get("tokenizer.model", files.get("spiece.model"))
+    if model is None or not HUGGING_FACE.isdisjoint(files):
+        return {}
+    return converted.of_sentencepiece(model, args)
+
+
+def _remarks(found: Tokenizer, args: Mapping[str, object], is_converted: bool) -> Iterator[str]:
+    """What a user of this tokenizer should know of the one that was trained with."""
+    if is_converted:
+        config = _json(found.files["tokenizer_config.json"])
+        bos = f"{config['bos_token']!r}" if config["add_bos_token"] else "nothing"
+        yield f"tokenizer.json was made from {found.source}; it puts {bos} before a text"
+    kind, prompt = args.get("tokenizer_type"), None
+    if kind == "SFTTokenizer":
+        prompt = args.get("sft_tokenizer_prompt_format")
+    elif kind == "MultimodalTokenizer":
+        prompt = args.get("tokenizer_prompt_format")
+    if isinstance(prompt, str) and prompt not in OF_THE_TOKENIZER:
+        yield (
+            f"{kind} wrote chats by a template of Megatron's own, {prompt!r}; a chat template "
+            f"served is that of the tokenizer in {found.source}"
+        )
 
 
 def _of_directory(directory: Path) -> dict[str, bytes] | str:
@@ -149,15 +199,14 @@ def _of_directory(directory: Path) -> dict[str, bytes] | str:
 
 def _of_file(file: Path) -> dict[str, bytes] | str:
     """A file with a usual name and those beside it, or one vocabulary with a name of its own."""
-    if any(file.name in names for names in VOCABULARIES):
-        return _of_directory(file.parent)
+    for names in VOCABULARIES:
+        if file.name in names and all((file.parent / name).is_file() for name in names):
+            return _of_directory(file.parent)
     if file.suffix == ".json":
         return {"tokenizer.json": _read(file)}
     if file.suffix == ".model":
         data = _read(file)
-        # A SentencePiece model begins with a piece (field 1), which begins with its text (field 1).
-        is_model = data[:1] == data[2:3] == b"\n"
-        return {"tokenizer.model": data} if is_model else "is no SentencePiece model"
+        return {"tokenizer.model": data} if is_model(data) else "is no SentencePiece model"
     return "is not a tokenizer file"
 
 
@@ -263,13 +312,13 @@ def _json(data: bytes | None) -> dict[str, object]:
 def _missing(looked: Mapping[str, str], args: Mapping[str, object]) -> Tokenizer:
     named, kind = args.get("tokenizer_model"), args.get("tokenizer_type")
     hint = ""
-    if isinstance(named, str) and named:
+    if isinstance(kind, str) and kind.startswith("Null"):
+        hint = f"The run used {kind}: its data were token ids, made elsewhere.\n"
+    elif isinstance(named, str) and named:
         hint = (
             f"The checkpoint was trained with the tokenizer {named!r} "
             f"({kind or 'type not recorded'}), which is not on this machine.\n"
         )
-    elif isinstance(kind, str) and kind.startswith("Null"):
-        hint = f"The run used {kind}: its data were token ids, made elsewhere.\n"
     places = "".join(f"  {place}: {why}\n" for place, why in looked.items())
     text = (
         "This model has no tokenizer: a Megatron checkpoint does not hold one, and none was found "
