@@ -19,6 +19,7 @@ from mcorefs.model import Options, load
 from tests.checkpoints import Fixture, ensure
 from tests.edited import copy
 from tests.recordings import RECORDED, assert_same_bytes, differences, recorded
+from tests.trained_tokenizers import trained
 
 DENSE, LLAMA, MOE = "qwen3-tied", "llama-tp2", "qwen3_moe-tp2-pp2-ep2"
 SAID_BY_CLASS = "the trainer names model_type"
@@ -76,6 +77,38 @@ def nested(config: Mapping[str, Any]) -> dict[str, Any]:
     target = "megatron.bridge.models.gpt.BridgeGPTModelConfig"
     model |= {"_target_": target, "transformer": transformer, "extra_checkpoint_metadata": named}
     return {**config, "model": model}
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "why"),
+    [
+        ("0.3.1", {}, "it puts nothing before a text"),
+        ("0.2.2", {}, "it puts '<s>' before a text"),
+        ("0.3.1", {"legacy_tokenizer": True}, "it puts '<s>' before a text"),
+        (
+            "0.3.1",
+            {"sp_tokenizer_kwargs": {"legacy": True, "special_tokens": ["<a>"]}},
+            "special tokens of the run's own",
+        ),
+    ],
+)
+def test_a_sentencepiece_model_with_the_settings_of_the_run(
+    fixtures: Mapping[str, Fixture],
+    tmp_path: Path,
+    version: str,
+    settings: dict[str, object],
+    why: str,
+) -> None:
+    config = recorded(f"megatron_bridge/{version}/{LLAMA}.yaml")
+    config["tokenizer"] |= {"tokenizer_type": "Llama2Tokenizer", **settings}
+    root = saved(fixtures[LLAMA], tmp_path, yaml.safe_dump(config))
+    place = next(root.glob("iter_*")) / "tokenizer"
+    shutil.rmtree(place)
+    place.mkdir()
+    (place / "tokenizer.model").write_bytes(trained("llama"))
+    model = load(root, Options())
+    said = [*model.remarks, *(str(data) for data in model.tokenizer.files.values())]
+    assert any(why in text for text in said)
 
 
 def test_the_form_of_builders(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:

@@ -26,7 +26,20 @@ from mcorefs.trainers.plain_yaml import read_yaml
 from mcorefs.trainers.transformer_config import arguments
 
 RUN_CONFIG, TRAIN_STATE, EXPORTED = "run_config.yaml", "train_state.pt", "hf"
-_TOKENIZER_ARGUMENTS = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+_TOKENIZER_ARGUMENTS = (
+    "tokenizer_type",
+    "tokenizer_model",
+    "vocab_file",
+    "merge_file",
+    "vocab_extra_ids",
+    "special_tokens",
+    "legacy_tokenizer",
+    "tokenizer_prompt_format",
+    "sft_tokenizer_prompt_format",
+    "tiktoken_pattern",
+    "tiktoken_num_special_tokens",
+    "tiktoken_special_tokens",
+)
 
 
 class MegatronBridge:
@@ -40,7 +53,7 @@ class MegatronBridge:
             return self._without_config(location, checkpoint)
         config = read_yaml(path)
         model, tokenizer = _section(config, "model"), _section(config, "tokenizer")
-        args = {name: tokenizer[name] for name in _TOKENIZER_ARGUMENTS if tokenizer.get(name)}
+        args = _tokenizer_arguments(tokenizer)
         args |= arguments({**_section(model, "transformer"), **model})
         named = _names(config, model)
         directories = tuple(_directories(location.path, named))
@@ -74,6 +87,16 @@ class MegatronBridge:
 def _section(config: Mapping[str, object], name: str) -> dict[str, object]:
     found = config.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def _tokenizer_arguments(tokenizer: Mapping[str, object]) -> dict[str, object]:
+    """Megatron-LM's arguments for the section `tokenizer`; sp_tokenizer_kwargs are those of
+    Megatron-LM:megatron/core/tokenizers/text/libraries/sentencepiece_tokenizer.py."""
+    args = {name: tokenizer[name] for name in _TOKENIZER_ARGUMENTS if name in tokenizer}
+    for name, value in _section(tokenizer, "sp_tokenizer_kwargs").items():
+        is_special = name == "special_tokens"
+        args[name if is_special else f"tokenizer_sentencepiece_{name}"] = value
+    return args
 
 
 def _lora(config: Mapping[str, object]) -> LoraTraining | None:
