@@ -14,6 +14,17 @@ from mcorefs.mapping.plan import against, doubts
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
+_OTHERS: Mapping[str, str] = {
+    r"cross_attention\.": "a T5: an encoder and a decoder",
+    r"(?:binary_head|pooler|embedding\.tokentype_embeddings)\.": "a BERT: an encoder",
+    r"(?:.*\.)?(?:vision_model|vision_projection|visual)\.": "a vision-language model",
+    r"(?:.*\.)?mixer\.": "a hybrid of Mamba layers and attention",
+}
+"""What else Megatron trains, by the beginning of a tensor's name (in its layer, if it is in one):
+Megatron-LM:megatron/core/models/{T5/t5_model,bert/bert_model,multimodal/llava_model}.py and
+megatron/core/ssm/mamba_layer.py."""
+_IN_LAYER = re.compile(r"(?:encoder|decoder)\.layers\.\*\.")
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -61,6 +72,8 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     weighed = {family.name: against(family, facts) for family in FAMILIES}
     fitting = [family for family in FAMILIES if not weighed[family.name]]
     if not fitting:
+        if (other := _other(facts)) is not None:
+            raise MappingError(f"it is {other}, which is not supported yet", [])
         close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
         raise _undecided("no supported model family fits", weighed, close)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
@@ -76,6 +89,13 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         best,
         (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
     )
+
+
+def _other(facts: Facts) -> str | None:
+    """What it is, if it is of a kind that no family here is of."""
+    names = [_IN_LAYER.sub("", kind) for kind in sorted(facts.kinds)]
+    found = (what for begin, what in _OTHERS.items() if any(re.match(begin, n) for n in names))
+    return next(found, None)
 
 
 def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:
