@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,7 +41,7 @@ from mcorefs.errors import McorefsError
 
 if TYPE_CHECKING:
     from mcorefs.shares import Share
-    from mcorefs.tree import Opened
+    from mcorefs.tree import Opened, VirtualTree
 
 app = typer.Typer(
     name="mcorefs",
@@ -94,6 +95,13 @@ def mount(
         ),
     ] = "mcorefs",
     max_read_rate: MaxReadRate = None,
+    prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch",
+            help="Then read all weights once, so that they lie in memory (page cache).",
+        ),
+    ] = False,
 ) -> None:
     """Show CKPT as a Hugging Face model directory at MNT, read-only.
 
@@ -136,8 +144,37 @@ def mount(
         remarks(source)
         say(wording.how_to_load(mnt))
         say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
+        if prefetch and foreground:
+            Thread(target=_prefetch, args=(mnt, tree), daemon=True).start()
 
     serve(lambda: tree, mnt, mount_options, on_ready=ready)
+    if prefetch and not foreground:
+        _prefetch(mnt, tree)
+
+
+def _prefetch(mnt: Path, tree: VirtualTree) -> None:
+    """Read all weights through the mount; what fails is no reason to take it away."""
+    from mcorefs.memory import available_bytes
+    from mcorefs.mount.prefetch import prefetch
+
+    weights = (".safetensors", ".bin")
+    sizes = {name: file.size for name, file in tree.files.items() if name.endswith(weights)}
+    total, free = sum(sizes.values()), available_bytes()
+    if total > free:
+        err.print(
+            f"  WARNING: not read ahead: {wording.size(total)} do not fit into the "
+            f"{wording.size(free)} of memory that are free"
+        )
+        return
+    started = time.monotonic()
+    try:
+        with progress("Reading ahead", total) as advance:
+            prefetch(mnt, sizes, advance)
+    except OSError as problem:
+        err.print(wording.printable(f"  WARNING: reading ahead stopped: {problem}"))
+        return
+    seconds = time.monotonic() - started
+    say(f"Read ahead {wording.size(total)} in {seconds:.1f} s.")
 
 
 @app.command()

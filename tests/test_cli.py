@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -11,9 +13,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mcorefs.mount import mounted
+from mcorefs.mount.prefetch import prefetch
 from mcorefs.wording import parse_size, printable, size
 from tests.checkpoints import Fixture, ensure
 
@@ -73,6 +77,45 @@ def test_mount_and_umount(fixtures: dict[str, Fixture], mnt: Path, tmp_path: Pat
     mcorefs("umount", mnt)
     assert mounted(mnt) is None
     assert "not a mount point" in mcorefs("umount", mnt, status=1)
+
+
+def cached(path: Path) -> int:
+    """How many bytes of the file lie in the page cache, in whole pages (mincore)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        there = (ctypes.c_ubyte * pages)()
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        libc = ctypes.CDLL(None, use_errno=True)
+        arguments = ctypes.c_void_p(address), ctypes.c_size_t(len(mapped)), there
+        assert libc.mincore(*arguments) == 0
+        return mmap.PAGESIZE * sum(page & 1 for page in there)
+
+
+def test_prefetch(fixtures: dict[str, Fixture], mnt: Path) -> None:
+    fixture = fixtures[MOE]
+    mcorefs("mount", fixture.root, mnt)
+    weights = mnt / "model.safetensors"
+    count = weights.stat().st_size
+    assert cached(weights) < count
+    mcorefs("umount", mnt)
+    said = mcorefs("mount", fixture.root, mnt, "--prefetch")
+    assert f"Read ahead {size(count)} in" in said
+    assert cached(weights) >= count
+    mcorefs("umount", mnt)
+
+
+def test_what_cannot_be_prefetched_is_said(
+    fixtures: dict[str, Fixture], mnt: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(fixtures[MOE].root, root)
+    mcorefs("mount", root, mnt)
+    assert mounted(mnt) is not None
+    for shard in root.glob("*/*.distcp"):
+        os.truncate(shard, 10)
+    with pytest.raises(OSError, match="Input/output error"):
+        prefetch(mnt, {"model.safetensors": (mnt / "model.safetensors").stat().st_size}, print)
+    mcorefs("umount", mnt)
 
 
 def mcorefs_materialized(fixture: Fixture, tmp_path: Path) -> Path:
