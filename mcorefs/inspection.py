@@ -105,19 +105,28 @@ def inspect(path: Path, options: Options) -> Inspection:
         tuple(location.incomplete),
     )
     try:
+        source = source_at(location, options)
+    except CheckpointError as error:
+        return _described(location, options, found, (str(error),))
+    except MappingError as error:
+        summary = str(error).partition("\n")[0]
+        return _described(location, options, found, (summary, *error.problems))
+    if isinstance(source, Model) and source.adapted is not None:  # its tensors are not all CKPT's
+        return _of_source(_described(location, options, found, ()), source)
+    found = replace(found, path=str(source.location.path))
+    return _of_source(_of_checkpoint(found, source.checkpoint), source)
+
+
+def _described(
+    location: Location, options: Options, found: Inspection, problems: tuple[str, ...]
+) -> Inspection:
+    """`found` with what the checkpoint alone shows."""
+    try:
         location, checkpoint = _index(location, options)
     except CheckpointError as error:
         return replace(found, problems=(str(error),))
-    found = replace(found, path=str(location.path), format=location.format.name)
-    found = _of_checkpoint(found, checkpoint)
-    found = replace(found, adapter=_adapter(location, checkpoint))
-    try:
-        return _of_source(found, source_at(location, options))
-    except MappingError as error:
-        summary = str(error).partition("\n")[0]
-        return replace(found, problems=(summary, *error.problems))
-    except CheckpointError as error:
-        return replace(found, problems=(str(error),))
+    found = replace(found, path=str(location.path), problems=problems)
+    return replace(_of_checkpoint(found, checkpoint), adapter=_adapter(location, checkpoint))
 
 
 def _index(location: Location, options: Options) -> tuple[Location, Checkpoint]:

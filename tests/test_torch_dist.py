@@ -31,8 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from mcorefs.errors import CheckpointError, McorefsError, ReadFault
 from mcorefs.files import read_all
-from mcorefs.formats import Checkpoint, detect
+from mcorefs.formats import Checkpoint, WeightsFrom, detect
 from mcorefs.formats.torch_dist import COMMON_STATE, TorchDist
+from mcorefs.inspection import inspect
 from mcorefs.model import Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
@@ -786,3 +787,20 @@ def test_a_checkpoint_without_weights(iteration: Path) -> None:
     message = refusal(iteration)
     assert "holds no model weights" in message
     assert " optimizer entries" in message
+
+
+def test_inspecting_reads_the_index_once(
+    fixtures: Mapping[str, Fixture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes seconds where there are 100,000 chunks."""
+    calls: list[Path] = []
+    index = TorchDist.index
+
+    def counted(self: TorchDist, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
+        calls.append(path)
+        return index(self, path, weights)
+
+    monkeypatch.setattr(TorchDist, "index", counted)
+    fixture = fixtures["qwen3-tp2"]
+    assert not inspect(fixture.root, Options()).problems
+    assert calls == [fixture.iteration]
