@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_nodes_that_see_another_checkpoint(
     other = copy(fixture, tmp_path / "run")
     with pytest.raises(OutputError, match="is not the same on every node"):
         materialize_on_ray(tree, other, options, tmp_path / "out")
+
+
+def test_a_checkpoint_that_has_changed_since(
+    cluster: ModuleType, fixture: Fixture, tmp_path: Path
+) -> None:
+    """Workers live on between two materializations."""
+    iteration = copy(fixture, tmp_path / "run")
+    options = Options(shard_size="40KB")
+    for number in (1, 2):
+        for shard in iteration.glob("*.distcp"):
+            os.utime(shard, (number, number))
+        tree = open_tree(iteration, options).tree
+        materialize_on_ray(tree, iteration, options, tmp_path / f"out{number}")
+        check(tmp_path / f"out{number}", tree)
 
 
 def test_goes_on_with_what_one_process_began(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcorefs.errors import McorefsError, OutputError
-from mcorefs.files import BytesFile
 from mcorefs.materialize import Written, write_files
 from mcorefs.materialize.output import check_space, claimed, fingerprint, finish, is_there, large
 from mcorefs.materialize.writing import OnProgress
@@ -49,9 +48,9 @@ def materialize_on_ray(
     weights = large(tree)
     out = out.absolute()
     wanted = [name for name, file in weights.items() if not is_there(out, name, file)]
-    total = sum(file.size for file in tree.files.values())
+    total = tree.total_bytes
     resumed = sum(file.size for name, file in weights.items() if name not in wanted)
-    small = sum(file.size for file in tree.files.values() if isinstance(file, BytesFile))
+    small = total - sum(file.size for file in weights.values())
     with claimed(tree, out):
         check_space(out, total - resumed)
         on_progress(resumed)
@@ -121,15 +120,17 @@ def _finished(ray: Any, running: dict[ray.ObjectRef[None], str]) -> Iterator[str
 
 # -- in a worker ---------------------------------------------------------------------------------
 
-_opened: dict[tuple[Path, Options], VirtualTree] = {}
+_opened: dict[tuple[Path, Options, str], VirtualTree] = {}
+"""By the plan too: to a worker that lives on, a checkpoint that has changed is another one."""
 
 
 def _write_file(ckpt: Path, options: Options, out: Path, plan: str, name: str) -> None:
-    tree = _opened.get((ckpt, options))
+    tree = _opened.get((ckpt, options, plan))
     if tree is None:
-        tree = _opened[ckpt, options] = open_tree(ckpt, options).tree
-    if fingerprint(tree) != plan:
-        raise OutputError(
-            f"{ckpt} is not the same on every node: do all of them see the same storage?"
-        )
+        tree = open_tree(ckpt, options).tree
+        if fingerprint(tree) != plan:
+            raise OutputError(
+                f"{ckpt} is not the same on every node: do all of them see the same storage?"
+            )
+        _opened[ckpt, options, plan] = tree
     write_files(tree, out, [name])
