@@ -139,8 +139,8 @@ def mount(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
 
     def ready() -> None:
-        files = sum(name.endswith((".safetensors", ".bin")) for name in tree.files)
-        say(f"{wording.summary(source)} in {wording.count(files, 'file')}, at {mnt}")
+        files = wording.count(len(tree.weights), "file")
+        say(f"{wording.summary(source)} in {files}, at {mnt}")
         remarks(source)
         say(wording.how_to_load(mnt))
         say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
@@ -157,8 +157,7 @@ def _prefetch(mnt: Path, tree: VirtualTree) -> None:
     from mcorefs.memory import available_bytes
     from mcorefs.mount.prefetch import prefetch
 
-    weights = (".safetensors", ".bin")
-    sizes = {name: file.size for name, file in tree.files.items() if name.endswith(weights)}
+    sizes = {name: file.size for name, file in tree.weights.items()}
     total, free = sum(sizes.values()), available_bytes()
     if total > free:
         err.print(

@@ -29,7 +29,7 @@ from mcorefs.views import Stored
 
 SMALL = 1 << 20
 """Bytes up to which a file that holds no weights is kept in memory."""
-_WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = (".safetensors", ".bin")
 _MAX_DEPTH = 8
 
 
@@ -70,7 +70,7 @@ class Passthrough:
         """The files of the tree, read through `storage`."""
         served: dict[str, VirtualFile] = {}
         for name, (path, identity) in self.files.items():
-            small = identity.size <= SMALL and not name.endswith(_WEIGHTS)
+            small = identity.size <= SMALL and not name.endswith(WEIGHTS)
             if small or identity.size == 0 or name == "config.json":
                 served[name] = BytesFile(storage.read(path, 0, identity.size))
             else:

@@ -15,7 +15,7 @@ from mcorefs.locate import Location, locate
 from mcorefs.mapping.config import dump
 from mcorefs.memory import cache_budget
 from mcorefs.model import Model, Options, load_at
-from mcorefs.passthrough import Passthrough
+from mcorefs.passthrough import WEIGHTS, Passthrough
 from mcorefs.rate import NO_LIMIT, Rate
 from mcorefs.reader import Reader, SafetensorsFile
 from mcorefs.remote.ahead import PIECE, AheadFile, ReadAhead
@@ -41,6 +41,11 @@ class VirtualTree:
     @property
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files.values())
+
+    @property
+    def weights(self) -> dict[str, VirtualFile]:
+        """The files that hold weights."""
+        return {name: file for name, file in self.files.items() if name.endswith(WEIGHTS)}
 
 
 @dataclass(frozen=True)

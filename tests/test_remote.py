@@ -25,6 +25,7 @@ from mcorefs.mount import mounted
 from mcorefs.remote.filesystem import DEADLINE_VARIABLE
 from tests.checkpoints import SPECS, Fixture, Spec, ensure
 from tests.object_store import KEY, SECRET, ObjectStore, Request, s3
+from tests.test_cli import mcorefs as mcorefs_said
 from tests.test_mount import in_child
 from tests.test_roundtrip import assert_same_files
 
@@ -177,17 +178,8 @@ def test_ranks_are_looked_at_side_by_side(store: ObjectStore, fixtures: dict[str
 
 
 def run(*arguments: object, status: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "mcorefs", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == status, said
-    assert "Traceback" not in said
+    """What the command prints, no secret among it."""
+    said = mcorefs_said(*arguments, status=status)
     assert KEY not in said
     assert SECRET not in said
     return said

@@ -10,12 +10,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mcorefs.mapping import latent
+from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -83,22 +83,22 @@ def gather(
         dims["experts"] = router.shape[0]
     _check_claims(dims, args, problems)
     dtype = tensors[EMBEDDING].dtype.torch if EMBEDDING in tensors else "bfloat16"
-    tied = HEAD not in tensors
+    tied = OUTPUT not in tensors
     untied = args.get("untie_embeddings_and_output_weights")
-    if task == "seq_cls" and HEAD in tensors:
-        dims["labels"] = tensors[HEAD].shape[0]
+    if task == "seq_cls" and OUTPUT in tensors:
+        dims["labels"] = tensors[OUTPUT].shape[0]
     if task != "causal_lm":
         pass  # there is no output layer that could share the embedding
     elif tied and untied:
         problems.append(
             "the training arguments say untie_embeddings_and_output_weights, but the checkpoint "
-            f"holds no {HEAD}: the last pipeline stage is missing, or it is an embedding model "
+            f"holds no {OUTPUT}: the last pipeline stage is missing, or it is an embedding model "
             "(--task embedding)"
         )
     elif not tied and untied is not None and not untied:
         remarks.append(
             "the training arguments say that the output layer shares the embedding, but the "
-            f"checkpoint stores {HEAD}: it is served as it is, and tie_word_embeddings is false"
+            f"checkpoint stores {OUTPUT}: it is served as it is, and tie_word_embeddings is false"
         )
     linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
     kinds = frozenset(map(kind, tensors))

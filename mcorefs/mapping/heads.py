@@ -16,16 +16,14 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from mcorefs.mapping.blocks.model import HEAD
-from mcorefs.mapping.family import Facts, Family, Key, Proven, Soft
+from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
+from mcorefs.mapping.family import Facts, Family, Key, Proven, Soft, whole
 from mcorefs.views import View
 
 Task = Literal["causal_lm", "seq_cls", "embedding"]
 TASKS: tuple[Task, ...] = get_args(Task)
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 _GENERATES = ("causal_lm", "generative_reranker")
-_SCORE = replace(
-    HEAD, hf="score.weight", shape=("labels", "hidden"), block=lambda view, facts: view
-)
+_SCORE = replace(HEAD, hf="score.weight", shape=("labels", "hidden"), block=whole)
 _PREFIXES = ("model.", "transformer.")
 
 

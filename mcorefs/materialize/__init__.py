@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs.errors import OutputError
-from mcorefs.files import BytesFile
 from mcorefs.materialize.output import PARTIAL, PLAN, check_space, claimed, finish, large, locked
 from mcorefs.materialize.writing import OnProgress, Part, write_parts
 from mcorefs.shares import Share
@@ -46,7 +45,7 @@ def materialize(
     """
     weights = large(tree)
     names = list(weights) if share is None else share.names(weights)
-    small = sum(file.size for file in tree.files.values() if isinstance(file, BytesFile))
+    small = tree.total_bytes - sum(file.size for file in weights.values())
     total = sum(weights[name].size for name in names)
     if share is not None and not names:
         return Written(0, 0, 0)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from mcorefs.formats.base import Checkpoint, Replica, WeightsFrom, refusal
 from mcorefs.formats.torch_legacy.files import rank_files
-from mcorefs.formats.torch_legacy.ranks import EMBEDDING, Ranks, arrange
+from mcorefs.formats.torch_legacy.ranks import Ranks, arrange
 from mcorefs.formats.torch_legacy.replicas import between_ranks
 from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
+from mcorefs.formats.torch_legacy.tensor_parallel import EMBEDDING
 from mcorefs.index import StoredTensor
 
 HEAD = "output_layer.weight"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mcorefs.formats.base import side_by_side
 from mcorefs.formats.torch_legacy.files import NEMO_FILE, RankFile, rank_files, read
+from mcorefs.formats.torch_legacy.tensor_parallel import EMBEDDING
 
-EMBEDDING = "embedding.word_embeddings.weight"
 _SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

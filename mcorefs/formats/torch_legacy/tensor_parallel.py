@@ -18,6 +18,8 @@ from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 
+EMBEDDING = "embedding.word_embeddings.weight"
+
 
 class Cut(Enum):
     """Which part of a tensor one rank holds."""
@@ -133,7 +135,7 @@ def _has_words(
 ) -> bool:
     """Whether an output layer has a row per word, and not per label: then every rank holds it whole
     (mcore-bridge:src/mcore_bridge/model/gpt_model.py OutputLayerLinear)."""
-    words = parts.get("embedding.word_embeddings.weight")
+    words = parts.get(EMBEDDING)
     rows = args.get("padded_vocab_size")
     if words is not None and words.shape:
         rows = words.shape[0] * ranks

@@ -7,10 +7,12 @@ from dataclasses import replace
 from mcorefs.arithmetic import Add
 from mcorefs.mapping.blocks.names import (
     ATTENTION_OUTPUT_NORM,
+    EMBEDDING,
     INPUT_NORM,
     LAYER,
     MLP_NORM,
     MLP_OUTPUT_NORM,
+    OUTPUT,
 )
 from mcorefs.mapping.family import Block, Facts, Rule, whole
 from mcorefs.views import Narrow, Permute, View
@@ -26,15 +28,13 @@ def transposed(block: Block = whole) -> Block:
     return lambda view, facts: Permute(block(view, facts), (1, 0))
 
 
-EMBED = Rule(
-    "model.embed_tokens.weight", "embedding.word_embeddings.weight", ("vocab", "hidden"), unpad
-)
+EMBED = Rule("model.embed_tokens.weight", EMBEDDING, ("vocab", "hidden"), unpad)
 HEAD = Rule(
     "lm_head.weight",
-    "output_layer.weight",
+    OUTPUT,
     ("vocab", "hidden"),
     unpad,
-    when="output_layer.weight",
+    when=OUTPUT,
 )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from mcorefs.mapping.blocks.model import gamma, unpad
-from mcorefs.mapping.blocks.names import LAYER, MLAYER
+from mcorefs.mapping.blocks.names import EMBEDDING, LAYER, MLAYER, OUTPUT
 from mcorefs.mapping.family import Facts, Key, Proven, Rule
 
 _AT = "mtp.layers.{mtp}."
@@ -38,7 +38,7 @@ def mtp_behind(layer: Iterable[Rule]) -> tuple[Rule, ...]:
     def norm(hf: str, source: str) -> Rule:
         return Rule(LAYER + hf, _AT + source, ("hidden",), gamma, stack="mtp")
 
-    head = ("output_layer.weight", "embedding.word_embeddings.weight")
+    head = (OUTPUT, EMBEDDING)
     vocabulary = ("vocab", "hidden")
     return (
         Rule(LAYER + "embed_tokens.weight", head[1], vocabulary, unpad, stack="mtp"),

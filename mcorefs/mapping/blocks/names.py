@@ -1,5 +1,6 @@
 """What most families call their layers, on both sides."""
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYER, MLAYER = "model.layers.{layer}.", "decoder.layers.{layer}."
 INPUT_NORM = (
     MLAYER + "self_attention.linear_qkv.layer_norm_",
