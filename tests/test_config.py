@@ -81,7 +81,14 @@ ONLY_IN_TRANSFORMERS_4 = (
     "num_experts",
     "partial_rotary_factor",
 )
-ONLY_IN_ENGINES = ("scoring_func", "topk_method", "moe_layer_freq", "first_k_dense_replace")
+ONLY_IN_ENGINES = (
+    "scoring_func",
+    "topk_method",
+    "moe_layer_freq",
+    "first_k_dense_replace",
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+)
 
 # -- without a reference: all from the checkpoint -------------------------------------------------
 

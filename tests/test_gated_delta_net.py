@@ -38,11 +38,12 @@ KEY_HEADS = 2
 IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
 AT = "decoder.layers.0.self_attention."
 NEXT, DENSE, EXPERTS = "qwen3_next-tp2-ep2", "qwen3_5_text-tp2", "qwen3_5_moe_text-tp2-ep2"
+PREDICTS, DENSE_PREDICTS = "qwen3_next-tp2-ep2-mtp", "qwen3_5_text-tp2-mtp-tied"
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> Mapping[str, Fixture]:
-    return ensure([NEXT, DENSE, EXPERTS, "qwen3-tp2"])
+    return ensure([NEXT, DENSE, EXPERTS, PREDICTS, DENSE_PREDICTS, "qwen3-tp2"])
 
 
 def canonical(fixture: Fixture) -> tuple[dict[str, View], tuple[str, ...]]:
@@ -193,12 +194,49 @@ def test_rows_in_an_order_that_nothing_tells_are_refused(
     )
 
 
-def test_multi_token_prediction_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
-    tensors, _ = canonical(fixtures[NEXT])
-    tensors["mtp.layers.0.eh_proj.weight"] = tensors["decoder.final_layernorm.weight"]
+def test_multi_token_prediction_is_whole_and_apart(fixtures: Mapping[str, Fixture]) -> None:
+    tensors, _ = canonical(fixtures[PREDICTS])
+    assert problems_of(tensors, mtp_num_layers=1) == []
+    facts, _, _ = gather(tensors, {"linear_num_key_heads": 2}, NO_REFERENCE, 301)
+    names = {t.name for t in plan(QWEN3_NEXT, tensors, facts)[0]}
+    assert len([name for name in names if name.startswith("mtp.layers.0.")]) == 37
+    assert {name for name in names if name.startswith("mtp.") and "layers" not in name} == {
+        "mtp.fc.weight",
+        "mtp.norm.weight",
+        "mtp.pre_fc_norm_embedding.weight",
+        "mtp.pre_fc_norm_hidden.weight",
+    }
+    for name in ("enorm.weight", "transformer_layer.mlp.shared_experts.gate_weight"):
+        del tensors[f"mtp.layers.0.{name}"]
     assert problems_of(tensors, mtp_num_layers=1) == [
-        "the checkpoint holds mtp.layers.0.eh_proj.weight, which this family has no place for"
+        "mtp.layers.0.mlp.shared_expert_gate.weight needs mtp.layers.0.transformer_layer.mlp."
+        "shared_experts.gate_weight, which the checkpoint does not hold",
+        "mtp.pre_fc_norm_embedding.weight needs mtp.layers.0.enorm.weight, which the checkpoint "
+        "does not hold",
     ]
+
+
+def test_one_layer_for_multi_token_prediction_at_most(fixtures: Mapping[str, Fixture]) -> None:
+    tensors, _ = canonical(fixtures[PREDICTS])
+    again = {
+        name.replace("mtp.layers.0.", "mtp.layers.1."): view
+        for name, view in tensors.items()
+        if name.startswith("mtp.")
+    }
+    (problem,) = problems_of({**tensors, **again}, mtp_num_layers=2)
+    assert problem.startswith("it has 2 layers for multi-token prediction, each with an eh_proj of")
+
+
+def test_multi_token_prediction_of_slimes_qwen3_next_is_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """It swaps the halves of eh_proj, in some versions and modes; of Qwen3.5 it does not."""
+    root = with_args(fixtures[PREDICTS], tmp_path / "next", hf_checkpoint="Qwen/Qwen3-Next")
+    (problem,) = refusal(lambda: load(root, Options(family="qwen3_next")))
+    assert problem.startswith("slime trained it, which swaps the halves of mtp.layers.0.eh_proj")
+    assert load(root, Options(family="qwen3_5_moe_text")).config["mtp_num_hidden_layers"] == 1
+    root = with_args(fixtures[NEXT], tmp_path / "without", hf_checkpoint="Qwen/Qwen3-Next")
+    assert load(root, Options()).config["num_nextn_predict_layers"] == 0
 
 
 def test_the_norm_of_a_gated_delta_net_is_not_around_zero(fixtures: Mapping[str, Fixture]) -> None:
@@ -272,7 +310,7 @@ def as_ms_swift_saves(fixture: Fixture, directory: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", [DENSE, EXPERTS])
+@pytest.mark.parametrize("name", [DENSE, EXPERTS, DENSE_PREDICTS])
 def test_the_rows_of_ms_swift(fixtures: Mapping[str, Fixture], name: str, tmp_path: Path) -> None:
     fixture = fixtures[name]
     model = load(as_ms_swift_saves(fixture, tmp_path), Options())

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
+from .families import FAMILIES
 from .megatron_model import build_models
 from .spec import Spec
 from .stand_ins import CudaMeansCpu
@@ -55,10 +56,13 @@ def _predictions(
     """What transformers' layers for multi-token prediction make of each token and the next."""
     if spec.mtp:
         behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
-        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
+        if not FAMILIES[spec.family].mtp_apart:
+            model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
         model.config.num_mtp_layers = spec.mtp  # which some models' configs do not say
         if hasattr(model.config, "mlp_layer_types"):
             model.config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
+        if hasattr(model.config, "layer_types"):
+            model.config.mtp_layer_types = ["full_attention"] * spec.mtp
         layers = MtpModel.from_pretrained(model)
     for number in range(spec.mtp):
         tokens, hidden = tokens[:, 1:], hidden[:, :-1]

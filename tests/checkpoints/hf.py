@@ -44,15 +44,20 @@ def save_model(spec: Spec, directory: Path) -> None:
 
 
 def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
-    """As on the hub, where the layers for multi-token prediction are named as the decoder's next,
-    with copies of the embedding and the output layer. transformers' class has no place for them:
-    it is made with more layers, which hold what else there is, and then says that it has fewer."""
+    """As on the hub, where the layers for multi-token prediction are mostly named as the decoder's
+    next, with copies of the embedding and the output layer. transformers' class has no place for
+    them: it is made with more layers, which hold what else there is, and then says that it has
+    fewer."""
     freq = spec.moe_layer_freq
     more = None if freq is None else (*freq, *(freq[-1],) * spec.mtp)
     model = build_model(spec.but(layers=spec.layers + spec.mtp, moe_layer_freq=more, mtp=0))
     generator = torch.Generator().manual_seed(spec.seed + 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers: nn.ModuleList = model.model.layers
+    if FAMILIES[spec.family].mtp_apart:
+        model.model.layers = layers[: spec.layers]
+        model.mtp = _apart(spec, layers[spec.layers :], generator)
+        layers = model.model.layers
     for layer in layers[spec.layers :]:
         for name in ("enorm", "hnorm"):
             layer.add_module(name, _norm(layer, generator))
@@ -66,6 +71,17 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
     model.config = _config(spec)
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def _apart(spec: Spec, layers: nn.ModuleList, generator: torch.Generator) -> nn.Module:
+    """As Qwen3-Next has them on the hub: `layers` in a module of their own."""
+    mtp = nn.Module()
+    mtp.fc = nn.Linear(2 * spec.hidden, spec.hidden, bias=False, dtype=TORCH_DTYPES[spec.dtype])
+    mtp.fc.weight.data.normal_(0.0, 0.05, generator=generator)
+    mtp.layers = layers
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        mtp.add_module(name, _norm(layers[0], generator))
+    return mtp
 
 
 def _norm(layer: nn.Module, generator: torch.Generator) -> nn.Module:

@@ -184,6 +184,10 @@ class _Reader:
 
     def _name(self, hf: str) -> str:
         hf = hf.removeprefix("model.") if self.spec.bare else hf
+        if FAMILIES[self.spec.family].mtp_apart and self.layer.isdigit():
+            behind = int(self.layer) - self.spec.layers
+            if behind >= 0:
+                hf = hf.replace("model.layers.{layer}.", f"mtp.layers.{behind}.")
         return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
 
     def _whole(self, hf: str) -> Tensor:

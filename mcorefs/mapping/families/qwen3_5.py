@@ -1,5 +1,5 @@
 """Qwen3.5's language models, dense and of experts: what Qwen3-Next is, with the linear layers of
-its gated delta nets apart. Without vision and multi-token prediction.
+its gated delta nets apart. Without vision.
 
 megatron-core holds a model of experts just as it holds Qwen3-Next, which computes the same: it is
 served as that unless it is named, or was trained with positions of images too (mrope), which of a
@@ -28,6 +28,7 @@ from mcorefs.mapping.blocks.mlp import (
     shared_experts,
 )
 from mcorefs.mapping.blocks.model import EMBED, HEAD, NORM, at_zero
+from mcorefs.mapping.blocks.mtp import MTP_HIDDEN_KEYS, mtp_apart, one_around_all
 from mcorefs.mapping.blocks.routing import AUX_LOSS_COEF, SOFTMAX_REQUIRES, no_sinkhorn
 from mcorefs.mapping.family import Family
 
@@ -40,31 +41,36 @@ _ATTENTION = (
     *GATED_GQA,
     *FULL_QK_NORM,
 )
-_CONFIG = {**BASE_KEYS, **GQA_KEYS, **HYBRID_KEYS, "attention_bias": constant(False)}
+_DENSE = (*_ATTENTION, *GATED_MLP, *HYBRID_NORMS)
+_SPARSE = (
+    *_ATTENTION,
+    *gated_experts("mlp.experts.{expert}."),
+    router("mlp.gate.weight"),
+    *shared_experts("mlp.shared_expert."),
+    shared_expert_gate("mlp.shared_expert_gate.weight"),
+    *HYBRID_NORMS,
+)
+_CONFIG = {
+    **BASE_KEYS,
+    **GQA_KEYS,
+    **HYBRID_KEYS,
+    **MTP_HIDDEN_KEYS,
+    "attention_bias": constant(False),
+}
 _REQUIRES = {**HYBRID_REQUIRES, "position_embedding_type": ("rope", "mrope")}
 
 QWEN3_5 = Family(
     name="qwen3_5_text",
     architecture="Qwen3_5ForCausalLM",
-    rules=(EMBED, *_ATTENTION, *GATED_MLP, *HYBRID_NORMS, *at_zero(NORM), HEAD),
+    rules=(EMBED, *_DENSE, *at_zero(NORM), HEAD, *mtp_apart(_DENSE)),
     config=_CONFIG,
     requires=_REQUIRES,
-    checks=HYBRID_CHECKS,
+    checks=(*HYBRID_CHECKS, one_around_all),
 )
 QWEN3_5_MOE = Family(
     name="qwen3_5_moe_text",
     architecture="Qwen3_5MoeForCausalLM",
-    rules=(
-        EMBED,
-        *_ATTENTION,
-        *gated_experts("mlp.experts.{expert}."),
-        router("mlp.gate.weight"),
-        *shared_experts("mlp.shared_expert."),
-        shared_expert_gate("mlp.shared_expert_gate.weight"),
-        *HYBRID_NORMS,
-        *at_zero(NORM),
-        HEAD,
-    ),
+    rules=(EMBED, *_SPARSE, *at_zero(NORM), HEAD, *mtp_apart(_SPARSE)),
     config={
         **{name: key for name, key in _CONFIG.items() if name != "intermediate_size"},
         "num_experts": dim("experts", "num_local_experts"),
@@ -75,7 +81,7 @@ QWEN3_5_MOE = Family(
         "output_router_logits": constant(False),
     },
     requires={**_REQUIRES, **SOFTMAX_REQUIRES, "moe_router_pre_softmax": (False,)},
-    checks=(no_sinkhorn, *HYBRID_CHECKS),
+    checks=(no_sinkhorn, *HYBRID_CHECKS, one_around_all),
     given=("mrope_section",),
     natural_order=True,
 )

@@ -176,6 +176,15 @@ MTP_BEHIND: Mapping[str, Value] = {
 """{layer} counts on behind the decoder's. Names: the hub's index of deepseek-ai/DeepSeek-V3, and
 Megatron-Bridge:src/megatron/bridge/models/deepseek/common.py."""
 
+MTP_APART: Mapping[str, Value] = {
+    MTP + "enorm.weight": Norm("mtp.pre_fc_norm_embedding.weight"),
+    MTP + "hnorm.weight": Norm("mtp.pre_fc_norm_hidden.weight"),
+    MTP + "eh_proj.weight": Rows("mtp.fc.weight"),
+    MTP + "final_layernorm.weight": Norm("mtp.norm.weight"),
+}
+"""Names: Megatron-Bridge:src/megatron/bridge/models/qwen/qwen3_next_bridge.py. The layer inside is
+under mtp.layers."""
+
 # -- the transformers config ----------------------------------------------------------------------
 
 
@@ -250,6 +259,8 @@ class Family:
     arguments: Callable[[Spec], Values] = no_arguments
     """Megatron-LM's arguments for the model, where they differ from `saved_args`; the model that
     is saved is built from them too."""
+    mtp_apart: bool = False
+    """Layers for multi-token prediction are under mtp, not behind the decoder's."""
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
     built: Callable[[Spec], Values] = no_arguments

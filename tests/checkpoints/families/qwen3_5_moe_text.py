@@ -22,6 +22,7 @@ def _config(spec: Spec) -> Values:
         "num_experts_per_tok": spec.topk,
         "moe_intermediate_size": spec.moe_ffn,
         "shared_expert_intermediate_size": spec.shared_ffn,
+        "mtp_num_hidden_layers": spec.mtp,
     }
 
 
@@ -44,6 +45,7 @@ QWEN3_5_MOE_TEXT = Family(
             tp=2, ep=2, etp=1, hf_max_shard_size="100KB", vocab_size_in_args=True, seed=190
         ),
         "qwen3_5_moe_text-fp32": _QWEN3_5_MOE.but(dtype="fp32", topk=3, tied=True, seed=191),
+        "qwen3_5_moe_text-ep2-mtp": _QWEN3_5_MOE.but(dp=2, ep=2, mtp=1, seed=194),
         "qwen3_5_moe_text-pp2-ep2": _QWEN3_5_MOE.but(pp=2, dp=2, ep=2, seed=192),
         "torch-qwen3_5_moe_text-tp2-pp2-ep2": _QWEN3_5_MOE.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=193
@@ -52,5 +54,6 @@ QWEN3_5_MOE_TEXT = Family(
     config=_config,
     arguments=_arguments,
     built=_built,
+    mtp_apart=True,
     parameters={**APART, **SHARED_EXPERT},
 )

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .base import HF_LAYER, LAYER, Family, Made, Place, Value
+from ..spec import Spec
+from .base import HF_LAYER, LAYER, MTP_APART, Family, Made, Place, Value, Values
 from .qwen3_next import (
     HYBRID,
     HYBRID_PARAMETERS,
@@ -32,10 +33,16 @@ def _in_proj(tensors: Sequence[Tensor], place: Place) -> Tensor:
 
 APART: Mapping[str, Value] = {
     **HYBRID_PARAMETERS,
+    **MTP_APART,
     LAYER + "self_attention.in_proj.weight": Made(
         tuple(f"{_HF}in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")), _in_proj
     ),
 }
+
+
+def _config(spec: Spec) -> Values:
+    return {**hybrid_config(spec), "mtp_num_hidden_layers": spec.mtp}
+
 
 QWEN3_5_TEXT = Family(
     {
@@ -43,12 +50,16 @@ QWEN3_5_TEXT = Family(
             tp=2, hf_max_shard_size="60KB", vocab_size_in_args=True, seed=180
         ),
         "qwen3_5_text-fp32": _QWEN3_5.but(dtype="fp32", tied=True, seed=181),
+        "qwen3_5_text-tp2-mtp-tied": _QWEN3_5.but(
+            tp=2, mtp=1, tied=True, vocab_size_in_args=True, seed=184
+        ),
         "qwen3_5_text-pp2-tied": _QWEN3_5.but(pp=2, tied=True, seed=182),
         "torch-qwen3_5_text-tp2-pp2": _QWEN3_5.but(
             format="torch", tp=2, pp=2, names="te", seed=183
         ),
     },
-    config=hybrid_config,
+    config=_config,
     arguments=hybrid_arguments,
+    mtp_apart=True,
     parameters=APART,
 )

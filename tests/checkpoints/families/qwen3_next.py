@@ -15,6 +15,7 @@ from .base import (
     DECODER,
     HF_LAYER,
     LAYER,
+    MTP_APART,
     PROJECTIONS,
     Columns,
     Family,
@@ -37,8 +38,11 @@ _AT, _HF = LAYER + "self_attention.", HF_LAYER + "linear_attn."
 
 
 def linear_pattern(spec: Spec) -> list[int]:
-    """1 for a gated delta net: every second layer, but where there is a pipeline."""
-    return [1, 1, 0, 1] if spec.pp > 1 else [1, 0, 1, 0]
+    """1 for a gated delta net: every second layer, but where there is a pipeline without layers for
+    multi-token prediction, which are as the last one, and have full attention."""
+    behind = spec.mtp or spec.layers - 4
+    pattern = [1, 1, 0, 1] if spec.pp > 1 and not behind else [1, 0, 1, 0]
+    return [*pattern, *[0] * (spec.layers - 4)]
 
 
 def hybrid_config(spec: Spec) -> Values:
@@ -134,6 +138,7 @@ def _config(spec: Spec) -> Values:
         "norm_topk_prob": spec.norm_topk_prob,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [i for i in range(spec.layers) if not spec.has_experts(i)],
+        "num_nextn_predict_layers": spec.mtp,
     }
 
 
@@ -149,16 +154,22 @@ QWEN3_NEXT = Family(
         "qwen3_next-mixed": _QWEN3_NEXT.but(
             moe_layer_freq=(1, 1, 0, 1), norm_topk_prob=False, tied=True, dtype="fp32", seed=171
         ),
+        "qwen3_next-tp2-ep2-mtp": _QWEN3_NEXT.but(tp=2, ep=2, etp=1, mtp=1, seed=175),
         "qwen3_next-pp2-ep2": _QWEN3_NEXT.but(pp=2, dp=2, ep=2, seed=172),
         "torch-qwen3_next-tp2-pp2-ep2": _QWEN3_NEXT.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=173
+        ),
+        "torch-qwen3_next-tp2-pp2-ep2-mtp": _QWEN3_NEXT.but(
+            format="torch", tp=2, pp=2, ep=2, etp=1, mtp=1, names="te", seed=176
         ),
         "torch-qwen3_next": _QWEN3_NEXT.but(format="torch", seed=174),
     },
     config=_config,
     arguments=_arguments,
+    mtp_apart=True,
     parameters={
         **HYBRID_PARAMETERS,
+        **MTP_APART,
         **SHARED_EXPERT,
         _AT + "in_proj.weight": Made(
             (_HF + "in_proj_qkvz.weight", _HF + "in_proj_ba.weight"), _in_proj
