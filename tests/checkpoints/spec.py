@@ -166,8 +166,6 @@ class Spec:
         expert_ranks = self.ep * self.expert_tp * self.pp
         if self.world % expert_ranks:
             raise ValueError(f"world {self.world} is not a multiple of ep*etp*pp = {expert_ranks}")
-        if self.mtp and self.vpp is not None:
-            raise ValueError("megatron-core's last virtual stage would hold an embedding")
         if self.moe_layer_freq is not None and len(self.moe_layer_freq) != self.layers:
             raise ValueError("moe_layer_freq needs one entry per layer")
 

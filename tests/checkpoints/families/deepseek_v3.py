@@ -83,10 +83,16 @@ DEEPSEEK_V3 = Family(
         "deepseek_v3-tp2-pp2-ep2-mtp": _DEEPSEEK_V3.but(
             tp=2, pp=2, ep=2, etp=1, mtp=1, moe_layer_freq=(0, 0, 1, 1), seed=182
         ),
+        "deepseek_v3-pp2-vpp2-mtp": _DEEPSEEK_V3.but(
+            pp=2, vpp=2, mtp=1, vocab_divisible_by=1, seed=190
+        ),
         "deepseek_v3-moonlight-tp2": _MOONLIGHT.but(tp=2, dtype="fp32", seed=183),
         "deepseek_v3-moonlight-stacked": _MOONLIGHT.but(moe_layer_freq=None, tied=True, seed=184),
         "torch-deepseek_v3-tp2-pp2-ep2-mtp": _DEEPSEEK_V3.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, mtp=1, seed=185
+        ),
+        "torch-deepseek_v3-tp2-pp2-vpp2-mtp": _DEEPSEEK_V3.but(
+            format="torch", tp=2, pp=2, vpp=2, etp=1, mtp=2, seed=191
         ),
         "torch-deepseek_v3-tp2-mtp": _DEEPSEEK_V3.but(
             format="torch",

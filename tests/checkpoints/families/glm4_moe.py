@@ -87,6 +87,9 @@ GLM4_MOE = Family(
             format="fsdp_dtensor", ep=2, dp=4, names="te", main_weights=True, seed=166
         ),
         "dcp-glm4_moe-dp2": _GLM4_MOE.but(format="torch_dcp", dp=2, seed=167),
+        "torch-glm4_moe-pp2-vpp2-ep2-mtp-tied": _GLM4_MOE.but(
+            format="torch", pp=2, vpp=2, dp=2, ep=2, mtp=1, names="te", tied=True, seed=168
+        ),
         "torch-glm4_moe-tp2": _GLM4_MOE.but(format="torch", tp=2, qk_norm=False, seed=165),
     },
     config=_config,
