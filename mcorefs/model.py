@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from mcorefs import adapters, catalog
+from mcorefs import adapters, catalog, interleaving
 from mcorefs.adapters import Adapter, Saved, Terms
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
@@ -114,7 +114,10 @@ def load_at(location: Location, options: Options) -> Model:
     if not canonical.tensors:
         raise MappingError(refused, canonical.problems)
     adapter = adapters.sort_out(canonical.adapter, canonical.tensors)
-    trained: dict[str, View] = {**canonical.tensors, **adapter.whole}
+    ordered, in_turns = interleaving.undone(
+        canonical.tensors, beside.args, beside.trainer, bool(adapter.pairs)
+    )
+    trained: dict[str, View] = {**ordered, **adapter.whole}
     task, unfit = task_of(trained, _task(options.task) or beside.task)
     if unfit:
         raise MappingError(refused, unfit)
@@ -128,7 +131,7 @@ def load_at(location: Location, options: Options) -> Model:
         problems += [*adapter.problems, *faults]
         remarks += adapter.remarks
     tensors, faults = plan(choice.family, trained, facts, dtype)
-    problems += [*canonical.problems, *faults]
+    problems += [*canonical.problems, *in_turns, *faults]
     tokenizer = find(
         options.tokenizer,
         location.path,

@@ -313,6 +313,7 @@ def test_moe_arguments_that_mean_another_model_are_refused(
         ("mixtral-tp2-ep2", "window_attn_skip_freq", 2),
         ("mixtral-tp2-ep2", "moe_router_load_balancing_type", "quantile_balancing"),
         ("qwen2_moe-tp2-ep2", "moe_shared_expert_glu_interleave_size", 32),
+        ("qwen2_moe-tp2-ep2", "use_grouped_gemm_for_shared_expert", True),
         ("qwen2_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
         ("glm4_moe-tp2-ep2", "moe_router_score_function", "softmax"),
         ("deepseek_v3-tp2-mtp", "rotary_interleaved", True),

@@ -92,7 +92,7 @@ def test_sinks_alone_make_no_gpt_oss(tensors: dict[str, View]) -> None:
         ("swiglu", True),
         ("softmax_type", "off-by-one"),
         ("moe_router_pre_softmax", True),
-        ("moe_mlp_glu_interleave_size", 32),
+        ("use_grouped_gemm_for_dense_mlp", True),
         ("position_embedding_type", "none"),
     ],
 )

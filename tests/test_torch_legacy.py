@@ -721,7 +721,6 @@ def test_a_parameter_nobody_knows_is_refused_when_it_is_cut(
     [
         ({"expert_tensor_parallel_size": 4}, "expert_tensor_parallel_size 4 does not divide"),
         ({"moe_extended_tp": True}, "moe_extended_tp"),
-        ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size"),
     ],
 )
 def test_expert_layouts_that_are_not_read(

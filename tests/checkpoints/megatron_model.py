@@ -25,7 +25,13 @@ from .families import FAMILIES
 from .hf import TORCH_DTYPES
 from .saved_args import model_args
 from .spec import Spec
-from .stand_ins import LatentCore, centre_norms_at_zero, norm_outputs, scale_embedding
+from .stand_ins import (
+    LatentCore,
+    centre_norms_at_zero,
+    norm_outputs,
+    scale_embedding,
+    take_in_turns,
+)
 from .te_linear import TELinear
 
 
@@ -187,5 +193,7 @@ def _add_stand_ins(spec: Spec, args: dict[str, Any], model: GPTModel) -> None:
         norm_outputs(model, *spec.output_norms)
     if args["apply_layernorm_1p"] or args.get("layernorm_zero_centered_gamma"):
         centre_norms_at_zero(model)
+    if spec.glu_block is not None:
+        take_in_turns(model, spec.glu_block)
     if args.get("scale_embedding") and model.pre_process:
         scale_embedding(model)

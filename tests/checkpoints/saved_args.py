@@ -114,6 +114,7 @@ def _experts(spec: Spec) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": spec.is_moe,
         "moe_latent_size": None,
+        "moe_mlp_glu_interleave_size": spec.glu_block,
     }
 
 

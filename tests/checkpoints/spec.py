@@ -90,6 +90,8 @@ class Spec:
     """1 for a MoE layer, 0 for a dense one; None (all MoE) keeps stacked keys, a list does not."""
     shared_ffn: int = 0
     """Width of the experts that every token goes to."""
+    glu_block: int | None = None
+    """Each expert has so many gate rows and up rows by turns (--moe-mlp-glu-interleave-size)."""
     norm_topk_prob: bool = True
     expert_bias: bool = False
     """The router is one of sigmoids, with a bias for each expert."""
@@ -310,6 +312,7 @@ SPECS: dict[str, Spec] = {
     "qwen3_moe-tp2-etp2-per-layer": _MOE.but(
         tp=2, per_layer_keys=True, common="common_state", seed=47
     ),
+    "qwen3_moe-tp2-ep2-in-turns": _MOE.but(tp=2, ep=2, etp=2, dp=2, glu_block=6, seed=53),
     "qwen3_moe-fp32-router": _MOE.but(fp32_router=True, iteration="release", seed=48),
     "qwen3_moe-ep2-main-params": _MOE.but(
         ep=2,
@@ -374,6 +377,7 @@ SPECS: dict[str, Spec] = {
     "torch-qwen3_moe-grouped-mlp": _TORCH_MOE.but(
         tp=2, dp=2, ep=2, names="grouped_mlp", flat_buffers=True, seed=70
     ),
+    "torch-qwen3_moe-tp2-in-turns": _TORCH_MOE.but(tp=2, names="te", glu_block=8, seed=72),
     # DTensors of Megatron-FSDP and of torch's FSDP2.
     "fsdp-qwen3-dp2": _FSDP.but(dp=2, names="te", optimizer_entries=True, seed=80),
     "fsdp-qwen3-tp2-dp2": _FSDP.but(tp=2, dp=2, tied=True, main_weights=False, seed=81),

@@ -108,6 +108,19 @@ def norm_outputs(model: GPTModel, attention: str, mlp: str) -> None:
             )
 
 
+def take_in_turns(model: GPTModel, size: int) -> None:
+    """Blocks of what gate and up put out by turns, taken apart as TEGroupedMLP does from
+    megatron-core 0.17 on (megatron/core/transformer/moe/experts.py _remove_glu_interleaving)."""
+
+    def apart(module: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> Any:
+        blocks = torch.unflatten(outputs[0], -1, (-1, 2, size))
+        return blocks.transpose(-3, -2).flatten(-3), *outputs[1:]
+
+    for name, module in model.named_modules():
+        if ".local_experts." in name and name.endswith(".linear_fc1"):
+            module.register_forward_hook(apart)
+
+
 def scale_embedding(model: GPTModel) -> None:
     """As EmbeddingScalingMixin of Megatron-Bridge:src/megatron/bridge/models/gemma/modules.py."""
     scale = model.config.hidden_size**0.5

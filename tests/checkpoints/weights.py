@@ -200,9 +200,16 @@ class _Reader:
 
     def _gated(self, value: Gated | FusedGated) -> Tensor:
         if isinstance(value, Gated):
-            return torch.cat([self._part(value.gate, 0), self._part(value.up, 0)])
+            return self._in_turns([self._part(value.gate, 0), self._part(value.up, 0)])
         halves = self._whole(value.hf).chunk(2)
         return torch.cat([half.chunk(self.size)[self.rank] for half in halves])
+
+    def _in_turns(self, halves: list[Tensor]) -> Tensor:
+        """Gate above up, but of an expert in a run that has blocks of them by turns."""
+        if self.spec.glu_block is None or not self.expert:
+            return torch.cat(halves)
+        blocks = (torch.split(half, self.spec.glu_block) for half in halves)
+        return torch.cat([block for pair in zip(*blocks, strict=True) for block in pair])
 
     def _norm(self, hf: str) -> Tensor:
         weight = self._whole(hf)  # between 0.5 and 1.5, where this loses no bit

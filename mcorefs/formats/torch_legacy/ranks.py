@@ -164,11 +164,6 @@ def _check_expert_sizes(tp: int, etp: int, args: Mapping[str, object], problems:
         )
     if args.get("moe_extended_tp"):
         problems.append("experts are cut over TP x EP ranks (moe_extended_tp), which is not read")
-    if args.get("moe_mlp_glu_interleave_size"):
-        problems.append(
-            "experts hold gate and up rows in turns (moe_mlp_glu_interleave_size), which is not "
-            "read from this format"
-        )
 
 
 def _check_complete(

@@ -156,14 +156,18 @@ DECODER_REQUIRES: Mapping[str, tuple[object, ...]] = {
     "softmax_type": ("vanilla",),
     "softmax_scale": (),
     "use_mup": (False,),
-    "moe_mlp_glu_interleave_size": (),
     "moe_shared_expert_glu_interleave_size": (),
+    "use_grouped_gemm_for_shared_expert": (False,),
+    "use_grouped_gemm_for_dense_mlp": (False,),
     "window_size": (),
     "no_rope_freq": (),
     "activation_func_clamp_value": (),
     "glu_linear_offset": (0, 0.0),
 }
-"""What a decoder of RMSNorm, SwiGLU and half-split RoPE takes for granted."""
+"""What a decoder of RMSNorm, SwiGLU and half-split RoPE takes for granted. By the last of its MLP,
+that gate rows lie above up rows: grouped kernels for shared experts and dense MLPs take them in
+turns, or put them so themselves, by the version of TransformerEngine (Megatron-LM:megatron/core/
+transformer/moe/shared_experts.py, extensions/transformer_engine.py TEFusedMLPWithGroupedLinear)."""
 
 
 TANH_GELU = Key(lambda facts: Proven("gelu_pytorch_tanh"))
