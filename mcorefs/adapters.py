@@ -9,9 +9,10 @@ X.weight becomes X.weight + scale * (B @ A), with scale = alpha / r. The framewo
 adapter decides how that is rounded: Megatron-Bridge merges in float32, ms-swift in the dtype of the
 adapter, to which it rounds product and scaled product before the sum.
 
-Rows of B lie as those of the weight, but for linear_fc1 cut over tensor-parallel ranks: ms-swift
-keeps the gate, then the up rows of one rank after the other; Megatron-Bridge's rows of a gate alone
-(or an up alone) lie as if the first half of each rank's were a gate. Sources:
+Rows of B lie as those of the weight, but for what is cut over tensor-parallel ranks by sections. Of
+linear_fc1 ms-swift keeps the gate, then the up rows of one rank after the other; Megatron-Bridge's
+rows of a gate alone (or an up alone) lie as if the first half of each rank's were a gate. Of the
+in_proj of megatron-core's gated delta nets all sections of one rank come before the next. Sources:
 mcore-bridge:src/mcore_bridge/tuners/lora.py,
 Megatron-Bridge:src/megatron/bridge/peft/{lora,canonical_lora,utils}.py and
 models/conversion/peft_bridge.py _merge_single_adapter_weight.
@@ -212,15 +213,20 @@ def merge(
         )
         return tensors, list(problems)
     for module, parts in adapter.pairs.items():
-        name = f"{module}.weight"
-        if name not in base:
-            problems.add(f"the adapter changes {name}, which the base model does not hold")
+        name = next((n for n in _names(module) if n in base), None)
+        if name is None:
+            problems.add(f"the adapter changes {module}.weight, which the base model does not hold")
             continue
         try:
-            tensors[name] = _Merger(adapter.kind, module, base, terms).merged(parts)
+            tensors[name] = _Merger(adapter.kind, module, base[name], base, terms).merged(parts)
         except ValueError as problem:
             problems.add(f"the adapter of {name} does not fit: {problem}")
     return tensors, list(problems)
+
+
+def _names(module: str) -> tuple[str, str]:
+    """What the weight of a module may be called (`catalog`)."""
+    return f"{module}.weight", f"{module}.weight.joined"
 
 
 def scale_of(rank: int, training: LoraTraining) -> float:
@@ -236,12 +242,9 @@ class _Merger:
 
     kind: Literal["peft", "bridge"]
     module: str
+    weight: View
     base: Mapping[str, View]
     terms: Terms
-
-    @property
-    def weight(self) -> View:
-        return self.base[f"{self.module}.weight"]
 
     def merged(self, parts: Mapping[str, Pair]) -> View:
         """The module's weight with `parts` added."""
@@ -277,6 +280,8 @@ class _Merger:
 
     def _in_order(self, pair: Pair) -> Pair:
         """With the rows of B as those of the weight."""
+        if f"{self.module}.weight.joined" in self.base:
+            return replace(pair, b=self._sections_joined(pair.b))
         if not self.module.endswith(".linear_fc1"):
             return pair
         ranks = self._ranks(pair.b)
@@ -289,6 +294,25 @@ class _Merger:
             raise ValueError(f"how {ranks} ranks cut a linear_fc1 that is not gated cannot be told")
         return replace(pair, b=gate_above_up(pair.b, ranks)) if self.kind == "peft" else pair
 
+    def _sections_joined(self, b: View) -> View:
+        """Each section of a gated delta net's in_proj, of what has all of a rank's together."""
+        if self.kind == "peft":
+            raise ValueError("ms-swift's gated delta nets have their rows in another order")
+        ranks, dims = self._ranks(b), self.terms.dims
+        mixed, values = dims.get("linear_mixed", 0), dims.get("linear_values", 0)
+        keys, heads = (mixed - values) // 2, dims.get("linear_value_heads", 0)
+        sections = (keys, keys, values, values, heads, heads)
+        if sum(sections) != b.shape[0] or any(size % ranks for size in sections):
+            raise ValueError(
+                f"{ranks} ranks and the sizes {list(sections)} do not explain its rows"
+            )
+        by_rank = Unflatten(b, 0, (ranks, b.shape[0] // ranks))
+        start, found = 0, []
+        for size in (size // ranks for size in sections):
+            found.append(Flatten(Narrow(by_rank, 1, start, size), 0, 2))
+            start += size
+        return Cat(tuple(found), 0)
+
     def _is_gated(self) -> bool:
         """Its rows are twice what linear_fc2 takes in."""
         down = self.base.get(f"{self.module.removesuffix('1')}2.weight")
@@ -299,7 +323,8 @@ class _Merger:
         saved = self.terms.saved
         stated = saved.etp if ".experts." in self.module else saved.tp
         if saved.format != TORCH_DIST and stated != 1:
-            raise ValueError(f"how ranks cut a linear_fc1 in format {saved.format} is not known")
+            name = self.module.rpartition(".")[2]
+            raise ValueError(f"how ranks cut {name} in format {saved.format} is not known")
         return stated or max(1, _row_pieces(b) // pieces)
 
     def _gate_and_up(self, parts: Mapping[str, Pair]) -> View:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from tests.checkpoints import Spec
 
@@ -27,8 +27,25 @@ def provider(spec: Spec) -> dict[str, Any]:
             "moe_ffn_hidden_size": spec.moe_ffn,
             "moe_aux_loss_coeff": 0.001,
             "moe_router_pre_softmax": not spec.norm_topk_prob,
+            "moe_shared_expert_intermediate_size": spec.shared_ffn or None,
+            "moe_layer_freq": 1 if spec.moe_layer_freq is None else list(spec.moe_layer_freq),
+            "moe_router_score_function": "sigmoid" if spec.expert_bias else "softmax",
+            "moe_router_enable_expert_bias": spec.expert_bias,
+            "moe_router_topk_scaling_factor": spec.routed_scaling,
         }
-    config = TransformerConfig(
+    latent: dict[str, Any] = {}
+    if spec.kv_lora:
+        latent = {
+            "multi_latent_attention": True,
+            "q_lora_rank": spec.q_lora,
+            "kv_lora_rank": spec.kv_lora,
+            "qk_head_dim": spec.qk_nope,
+            "qk_pos_emb_head_dim": spec.qk_rope,
+            "v_head_dim": spec.v_head,
+            "rotary_scaling_factor": 1.0,
+        }
+    kind = MLATransformerConfig if latent else TransformerConfig
+    config = kind(
         num_layers=spec.layers,
         hidden_size=spec.hidden,
         ffn_hidden_size=spec.ffn,
@@ -50,6 +67,7 @@ def provider(spec: Spec) -> dict[str, Any]:
         params_dtype=torch.bfloat16,
         bf16=True,
         **moe,
+        **latent,
     )
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {

@@ -157,7 +157,7 @@ def test_rows_of_megatron_bridge_that_cannot_be_told() -> None:
 def test_formats_in_which_ranks_cut_otherwise(tp: int | None, fits: bool) -> None:
     for make in (peft, bridge):
         _, problems = merged(make(FC1) | make(QKV), base(FC1, QKV), Saved(tp, tp, "fsdp_dtensor"))
-        said = "how ranks cut a linear_fc1 in format fsdp_dtensor is not known"
+        said = "how ranks cut linear_fc1 in format fsdp_dtensor is not known"
         assert problems == ([] if fits else [f"the adapter of {FC1}.weight does not fit: {said}"])
 
 
@@ -372,3 +372,55 @@ def test_problems_of_one_kind_are_one_line() -> None:
     _, problems = merged(adapter, {})
     assert len(problems) == 1
     assert problems[0].endswith("does not hold (and 19 more like it)")
+
+
+# -- gated delta nets -----------------------------------------------------------------------------
+
+IN_PROJ = f"{L}self_attention.in_proj"
+SECTIONS = (8, 8, 12, 12, 4, 4)
+"""Rows of query, key, value, z, beta and alpha."""
+DELTA = {"linear_mixed": 28, "linear_values": 12, "linear_value_heads": 4}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_sections_of_megatron_cores_gated_delta_nets_lie_rank_by_rank(ranks: int) -> None:
+    rows = sum(SECTIONS)
+    model = {f"{IN_PROJ}.weight.joined": matrix(1, rows, HIDDEN)}
+    plain = bridge(IN_PROJ, rows)
+    a, b = plain.values()
+    shares = [section.chunk(ranks) for section in b.split(SECTIONS)]  # type: ignore[no-untyped-call]
+    by_rank = torch.cat([share[rank] for rank in range(ranks) for share in shares])
+    adapter = dict(zip(plain, (a, by_rank), strict=True))
+    tensors, problems = merged(adapter, model, Saved(ranks, ranks), dims=DELTA)
+    assert problems == []
+    (weight,) = model.values()
+    assert torch.equal(value(tensors[f"{IN_PROJ}.weight.joined"]), weight + product(plain))
+
+
+def test_rows_of_ms_swifts_gated_delta_nets_lie_as_the_weights() -> None:
+    model, adapter = base(IN_PROJ), peft(IN_PROJ)
+    tensors, problems = merged(adapter, model, Saved(2, 2))
+    assert problems == []
+    weight = model[f"{IN_PROJ}.weight"]
+    assert torch.equal(value(tensors[f"{IN_PROJ}.weight"]), weight + product(adapter))
+
+
+@pytest.mark.parametrize(
+    ("make", "saved", "dims", "problem"),
+    [
+        (peft, Saved(1, 1), DELTA, "ms-swift's gated delta nets have their rows in another order"),
+        (bridge, Saved(8, 8), DELTA, "8 ranks and the sizes [8, 8, 12, 12, 4, 4] do not explain"),
+        (bridge, Saved(2, 2), {}, "2 ranks and the sizes [0, 0, 0, 0, 0, 0] do not explain"),
+        (bridge, Saved(2, 2, "torch"), DELTA, "how ranks cut in_proj in format torch is not"),
+    ],
+)
+def test_gated_delta_nets_whose_rows_cannot_be_told(
+    make: Callable[[str, int], dict[str, Tensor]],
+    saved: Saved,
+    dims: Mapping[str, int],
+    problem: str,
+) -> None:
+    rows = sum(SECTIONS)
+    model = {f"{IN_PROJ}.weight.joined": matrix(1, rows, HIDDEN)}
+    (found,) = merged(make(IN_PROJ, rows), model, saved, dims=dims)[1]
+    assert problem in found

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from .families.base import Qkv
-from .lora import HF_NAMES
+from .families import FAMILIES
+from .families.base import LAYER, Made, Qkv
+from .lora import HF_NAMES, shared_experts
 from .spec import Spec
 from .te_linear import TELinear
 from .weights import HFTensors, Rank, rank_of_this_process, rank_value
@@ -155,10 +157,12 @@ def _add_bridge(spec: Spec, models: list[GPTModel]) -> None:
     layers = {name: type(name, (), {}) for name in ("Linear", "LayerNormLinear", "GroupedLinear")}
     operations = SimpleNamespace(Sequential=object)
     engine.pytorch = _module("transformer_engine.pytorch", ops=operations, **layers)
-    from megatron.bridge.peft import utils
+    from megatron.bridge.peft import adapter_wrapper, utils
     from megatron.bridge.peft.canonical_lora import CanonicalLoRA
     from megatron.bridge.peft.lora import LoRA
 
+    # What is called in_proj it takes for that of a Mamba, up to 0.3.
+    adapter_wrapper._compute_mamba_dim_info = lambda module: None
     utils.HAVE_TE = False  # megatron-core has mocks by the names of its layers
     options = {"dim": spec.lora_rank, "alpha": spec.lora_alpha}
     if spec.adapter == "canonical":
@@ -199,7 +203,7 @@ def _global(model: GPTModel, name: str) -> str:
 
 _MATRIX = re.compile(
     r"decoder\.layers\.(?P<layer>\d+)\.(?:self_attention|mlp)\."
-    r"(?:experts\.local_experts\.(?P<expert>\d+)\.)?(?P<module>\w+)\."
+    r"(?:experts\.local_experts\.(?P<expert>\d+)\.)?(?P<shared>shared_experts\.)?(?P<module>\w+)\."
     r"(?:lora_(?P<side>[AB])\.default|adapter\.(?:adapter_(?P<part>\w+)\.)?linear_(?P<way>in|out))\."
     r"weight$"
 )
@@ -214,28 +218,39 @@ def _value(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor | None:
     match = _MATRIX.match(name)
     if match is None:
         return None
-    at = f"model.layers.{match['layer']}."
-    tp, size = rank.tp, spec.tp
-    if match["expert"] is not None:
-        expert = rank.ep * (spec.experts // spec.ep) + int(match["expert"])
-        at, tp, size = f"{at}mlp.experts.{expert}.", rank.etp, spec.expert_tp
-    elif match["module"].startswith("linear_fc"):
-        at += "mlp."
+    at, tp, size = _place(spec, rank, match)
     names = HF_NAMES[match["module"]]
     if part := match["part"]:
         names = (names[{"q": 0, "k": 1, "v": 2, "gate": 0, "up": 1}[part]],)
     is_a = match["side"] == "A" or match["way"] == "in"
     matrices = [f"{at}{n}.lora_{'A' if is_a else 'B'}.weight" for n in names]
-    row_parallel = match["module"] in ("linear_proj", "linear_fc2")
+    row_parallel = match["module"] in ("linear_proj", "linear_fc2", "out_proj")
     if is_a:
         if row_parallel:
             return hf.part(matrices[0], 1, tp, size)
         return _share(spec, hf.whole(matrices[0]), tp, size)
     if row_parallel or match["module"] == "router":
         return _share(spec, hf.whole(matrices[0]), tp, size)
+    own = FAMILIES[spec.family].parameters.get(f"{LAYER}self_attention.{match['module']}.weight")
+    if isinstance(own, Made):
+        return rank_value(spec, rank, hf, replace(own, hf=tuple(matrices)))
     if len(matrices) == 3:
         return rank_value(spec, rank, hf, Qkv(f"{at}self_attn.{{}}_proj.lora_B.weight"))
     return torch.cat([hf.part(matrix, 0, tp, size) for matrix in matrices])
+
+
+def _place(spec: Spec, rank: Rank, match: re.Match[str]) -> tuple[str, int, int]:
+    """(where the module's Hugging Face layers are, which tensor-parallel rank this is, of how
+    many)."""
+    at = f"model.layers.{match['layer']}."
+    if match["expert"] is not None:
+        expert = rank.ep * (spec.experts // spec.ep) + int(match["expert"])
+        return f"{at}mlp.experts.{expert}.", rank.etp, spec.expert_tp
+    if match["shared"]:
+        at += shared_experts(spec)
+    elif match["module"].startswith("linear_fc"):
+        at += "mlp."
+    return at, rank.tp, spec.tp
 
 
 def _share(spec: Spec, matrix: Tensor, tp: int, size: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +24,20 @@ HF_NAMES = {
     "linear_fc1": ("gate_proj", "up_proj"),
     "linear_fc2": ("down_proj",),
     "router": ("mlp.gate",),
+    "linear_q_proj": ("self_attn.q_proj",),
+    "linear_q_down_proj": ("self_attn.q_a_proj",),
+    "linear_q_up_proj": ("self_attn.q_b_proj",),
+    "linear_kv_down_proj": ("self_attn.kv_a_proj_with_mqa",),
+    "linear_kv_up_proj": ("self_attn.kv_b_proj",),
+    "in_proj": tuple(f"linear_attn.in_proj_{name}" for name in ("qkv", "z", "b", "a")),
+    "out_proj": ("linear_attn.out_proj",),
 }
 """Layers in the terms of Hugging Face, by Megatron's."""
+
+
+def shared_experts(spec: Spec) -> str:
+    """Where a layer has them."""
+    return "mlp.shared_expert." if spec.family.startswith("qwen") else "mlp.shared_experts."
 
 
 def save_adapter(spec: Spec, base: Path, adapter: Path, merged: Path) -> None:
@@ -35,7 +47,7 @@ def save_adapter(spec: Spec, base: Path, adapter: Path, merged: Path) -> None:
     files = {path: load_file(path) for path in sorted(merged.glob("*.safetensors"))}
     weights = {name: tensor for file in files.values() for name, tensor in file.items()}
     tensors: dict[str, Tensor] = {}
-    for group in _groups(spec):
+    for group in _groups(spec, weights):
         a = None
         for module in group:
             weight = weights[f"{module}.weight"]
@@ -70,7 +82,10 @@ def scale_of(spec: Spec) -> float:
     return spec.lora_alpha / (math.sqrt(rank) if spec.rank_stabilised else rank)
 
 
-def _groups(spec: Spec) -> Iterator[tuple[str, ...]]:
+_OF_SOME_LAYERS = ("linear_qkv", "linear_proj", "in_proj", "out_proj")
+
+
+def _groups(spec: Spec, weights: Container[str]) -> Iterator[tuple[str, ...]]:
     """Modules of the Hugging Face model that are one in Megatron."""
     for layer in range(spec.layers):
         at = f"model.layers.{layer}."
@@ -78,11 +93,15 @@ def _groups(spec: Spec) -> Iterator[tuple[str, ...]]:
             names = HF_NAMES[target]
             if target == "router" and not spec.has_experts(layer):
                 continue
+            if f"{at}{names[0]}.weight" not in weights and target in _OF_SOME_LAYERS:
+                continue
             if not target.startswith("linear_fc"):
                 yield tuple(at + name for name in names)
             elif spec.has_experts(layer):
                 for expert in range(spec.experts):
                     yield tuple(f"{at}mlp.experts.{expert}.{name}" for name in names)
+                if spec.shared_ffn:
+                    yield tuple(f"{at}{shared_experts(spec)}{name}" for name in names)
             else:
                 yield tuple(f"{at}mlp.{name}" for name in names)
 

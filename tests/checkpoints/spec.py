@@ -405,6 +405,33 @@ SPECS: dict[str, Spec] = {
 _PEFT = _DENSE.but(adapter="ms-swift", lora_alpha=32)
 _BRIDGE = _DENSE.but(adapter="megatron-bridge", common="no_args")
 _EXPERTS = {"family": "qwen3_moe", "experts": 8, "vocab_size": 301}
+_LATENT = _DENSE.but(
+    family="deepseek_v3",
+    kv_heads=8,
+    head_dim=8,
+    kv_lora=24,
+    q_lora=32,
+    experts=4,
+    shared_ffn=96,
+    moe_layer_freq=(0, 1, 1, 1),
+    expert_bias=True,
+    routed_scaling=2.5,
+    rope_theta=10_000,
+    vocab_size=301,
+    lora_targets=(
+        "linear_q_down_proj",
+        "linear_q_up_proj",
+        "linear_kv_down_proj",
+        "linear_kv_up_proj",
+        "linear_proj",
+        "linear_fc1",
+        "linear_fc2",
+    ),
+)
+_DELTA_NETS = _DENSE.but(
+    family="qwen3_5_text",
+    lora_targets=("in_proj", "out_proj", "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+)
 
 ADAPTED: dict[str, Spec] = {
     "swift-qwen3": _PEFT.but(seed=120),
@@ -432,11 +459,22 @@ ADAPTED: dict[str, Spec] = {
     "bridge-qwen3-canonical-some-only": _BRIDGE.but(
         adapter="canonical", lora_targets=("linear_qkv", "linear_fc1"), adapter_only=True, seed=129
     ),
+    "swift-deepseek_v3-tp2-only": _LATENT.but(
+        adapter="ms-swift", tp=2, ep=2, etp=1, adapter_only=True, seed=130
+    ),
+    "bridge-deepseek_v3-tp2": _LATENT.but(
+        adapter="megatron-bridge", common="no_args", tp=2, etp=1, seed=131
+    ),
+    "bridge-qwen3_5_text-tp2-only": _DELTA_NETS.but(
+        adapter="megatron-bridge", tp=2, adapter_only=True, seed=132
+    ),
     # The base models of those that are only an adapter: the same model by its seed, cut otherwise.
     "swift-qwen3-tp2-only-base": _DENSE.but(pp=2, seed=121),
     "swift-qwen3_moe-tp2-pp2-ep2-only-base": _MOE.but(ep=2, dp=2, etp=1, seed=123),
     "bridge-qwen3-pp2-only-base": _DENSE.but(tp=2, tied=True, seed=126),
     "bridge-qwen3_moe-only-base": _MOE.but(tp=2, seed=127),
+    "swift-deepseek_v3-tp2-only-base": _LATENT.but(seed=130),
+    "bridge-qwen3_5_text-tp2-only-base": _DELTA_NETS.but(seed=132),
     "bridge-qwen3-canonical-some-only-base": _DENSE.but(tp=2, common="no_args", seed=129),
 }
 """Models with LoRA modules, and models to which an adapter belongs."""
