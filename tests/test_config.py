@@ -176,6 +176,7 @@ OTHERWISE: Mapping[str, object] = {
     "rope_interleave": False,
     "rope_scaling": None,
     "routed_scaling_factor": 0.5,
+    "index_topk": 3,
     "topk_group": 1,
     "swiglu_limit": 0.1,
 }

@@ -76,6 +76,7 @@ def gather(
         dims["positions"] = positions.shape[0]
     _attention(dims, first, args, reference, problems)
     dims |= latent.latent_sizes(first, args, problems)
+    dims |= latent.indexer_sizes(first)
     _delta_net(dims, first, args, reference, problems)
     _mtp(dims, tensors, args, problems)
     dims |= _mlps(first)

@@ -31,7 +31,8 @@ class Facts:
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
     gate_up (two of it), experts, moe_ffn, moe_gate_up (two of it), shared_ffn, positions, vocab
     (rows kept), padded_vocab (rows stored), labels; mtp, the number of layers for multi-token
-    prediction; those of latent attention (`latent`). Absent where the model has no such."""
+    prediction; those of latent attention and of indexers (`latent`). Absent where the model
+    has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]

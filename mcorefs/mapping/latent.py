@@ -23,6 +23,8 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "qk_nope": ("qk_head_dim",),
     "qk_rope": ("qk_pos_emb_head_dim",),
     "v_head": ("v_head_dim",),
+    "index_heads": ("dsa_indexer_n_heads",),
+    "index_dim": ("dsa_indexer_head_dim",),
 }
 """Arguments that state these sizes."""
 
@@ -65,3 +67,19 @@ def latent_sizes(
         return found
     sizes = {"qk_nope": nope_rows // heads, "qk_rope": rope, "v_head": proj[1] // heads}
     return {**found, **sizes, "heads": heads, "kv_lora": kv_lora}
+
+
+def indexer_sizes(layer: Mapping[str, View]) -> dict[str, int]:
+    """index_heads, index_dim and index_rows (of linear_wq_b) of sparse attention; empty without.
+
+    linear_wk has a row per element of a head, linear_weights_proj one per head
+    (Megatron-LM:megatron/core/transformer/experimental_attention_variant/dsa.py).
+    """
+    at = "self_attention.core_attention.indexer."
+    keys, weights = (
+        layer.get(f"{at}{name}.weight") for name in ("linear_wk", "linear_weights_proj")
+    )
+    if keys is None or weights is None or not keys.shape or not weights.shape:
+        return {}
+    dim, heads = keys.shape[0], weights.shape[0]
+    return {"index_dim": dim, "index_heads": heads, "index_rows": heads * dim}

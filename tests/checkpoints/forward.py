@@ -61,14 +61,33 @@ def _predictions(
         model.config.num_mtp_layers = spec.mtp  # which some models' configs do not say
         if hasattr(model.config, "mlp_layer_types"):
             model.config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
-        if hasattr(model.config, "layer_types"):
+        if spec.index_topk:
+            model.config.mtp_layer_types = ["indexed_attention"] * spec.mtp
+        elif hasattr(model.config, "layer_types"):
             model.config.mtp_layer_types = ["full_attention"] * spec.mtp
         layers = MtpModel.from_pretrained(model)
+    if spec.mtp and spec.index_topk:
+        _let_indexers_draft(layers)
     for number in range(spec.mtp):
         tokens, hidden = tokens[:, 1:], hidden[:, :-1]
         places = torch.arange(tokens.shape[1])[None]
         hidden = layers.forward_layer(number, hidden, places, None, input_ids=tokens)
         yield model.lm_head(hidden)
+
+
+def _let_indexers_draft(layers: MtpModel) -> None:
+    """transformers 5.23 does not know which mask layers with indexers take, nor that some put out
+    chosen keys too."""
+
+    def causal(layer: int, embeds: Tensor, *_: object) -> dict[str, Tensor]:
+        length = embeds.shape[1]
+        return {"attention_mask": torch.ones(1, 1, length, length).tril().bool()}
+
+    layers.create_masks_for_mtp_layer = causal
+    for layer in layers.layers:
+        layer.mtp_block.register_forward_hook(
+            lambda module, inputs, output: output[0] if isinstance(output, tuple) else output
+        )
 
 
 @torch.no_grad()

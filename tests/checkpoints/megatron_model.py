@@ -113,7 +113,7 @@ def _set_yarn(config: TransformerConfig, args: dict[str, Any]) -> None:
 
 
 def _block_spec(
-    spec: Spec, config: TransformerConfig, stage: int | None
+    spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
 ) -> TransformerBlockSubmodules:
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=stage
@@ -123,7 +123,7 @@ def _block_spec(
         attention = layer.submodules.self_attention.submodules
         if not spec.local_norm_keys:
             _name_norms(layer.submodules.sharded_state_dict_keys_map, spec, layer_number)
-        if spec.kv_lora:
+        if spec.kv_lora and not spec.index_topk:
             attention.core_attention = LatentCore
         if FAMILIES[spec.family].norms_whole_projections:
             attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
@@ -131,13 +131,18 @@ def _block_spec(
         from .delta_net import with_delta_nets  # which megatron-core 0.15 has not
 
         block.layer_specs = with_delta_nets(config, block.layer_specs, first)
+    if spec.index_topk:
+        from .sparse import with_indexers  # likewise
+
+        interleaved = args["dsa_indexer_rope_interleaved"]
+        block.layer_specs = with_indexers(block.layer_specs, interleaved)
     return block
 
 
 def _build_stage(
     spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
 ) -> GPTModel:
-    block = _block_spec(spec, config, stage)
+    block = _block_spec(spec, args, config, stage)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -179,7 +184,7 @@ def _name_norms(keys: dict[str, str], spec: Spec, layer: int) -> None:
     specs (megatron/core/models/gpt/gpt_layer_specs.py), which fuse them with the linear layer
     behind: of latents, too, but none that a router or a down projection is in the way of."""
     if spec.kv_lora:
-        for latent in ("q", "kv"):
+        for latent in () if spec.index_topk else ("q", "kv"):
             at = f"self_attention.{latent}_layernorm."
             keys[at] = f"self_attention.linear_{latent}_up_proj.layer_norm_"
         keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

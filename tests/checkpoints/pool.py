@@ -35,6 +35,7 @@ GENERATOR_FILES = (
     "optimizers.py",
     "saved_again.py",
     "saved_args.py",
+    "sparse.py",
     "stand_ins.py",
     "te_linear.py",
     "torch_writer.py",

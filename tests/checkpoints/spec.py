@@ -112,6 +112,8 @@ class Spec:
     v_head: int = 10
     yarn: tuple[float, float, float] | None = None
     """(factor, mscale, mscale_all_dim) that stretch the rotary embeddings of latent attention."""
+    index_topk: int = 0
+    """How many keys the indexer of sparse latent attention leaves each query; 0: there is none."""
     mtp: int = 0
     """Layers for multi-token prediction."""
     seed: int = 20

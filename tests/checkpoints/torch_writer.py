@@ -24,6 +24,8 @@ from torch import Tensor
 from .spec import Spec
 
 StateDict = dict[str, Any]
+INDEXER = "self_attention.core_attention.indexer.linear_wk.weight"
+"""Where there is one, norms of latents are on their own."""
 _EXPERT = re.compile(r"(.+\.experts)\.local_experts\.(\d+)\.(linear_fc[12]\.(?:weight|bias))$")
 
 
@@ -129,6 +131,8 @@ def te_name(name: str, state: StateDict) -> str:
         ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj."),
     ):
         layer, found, rest = name.rpartition(norm)
+        if linear.endswith("_up_proj.") and f"{layer}{INDEXER}" in state:
+            continue
         if found and f"{layer}{linear}weight" in state:
             name = f"{layer}{linear}layer_norm_{rest}"
     return _mtp_name(name)

@@ -5,7 +5,8 @@ facts, all in Megatron-LM:megatron/core/: tensor_parallel/layers.py (column para
 along axis 0, row parallel ones along axis 1, whose bias every rank holds whole),
 transformer/mlp.py (each rank's gated linear_fc1 is its gate rows, then its up rows),
 transformer/multi_latent_attention.py (down projections: cut, or the same on every rank),
-transformer/dot_product_attention.py (softmax_offset), transformer/multi_token_prediction.py.
+transformer/dot_product_attention.py (softmax_offset), transformer/multi_token_prediction.py,
+transformer/experimental_attention_variant/dsa.py (indexers are the same on every rank).
 """
 
 from __future__ import annotations
@@ -88,6 +89,9 @@ _CUTS = {
     "linear_fc2.weight": Cut.COLUMNS,
     "linear_fc2.bias": Cut.WHOLE,
     "core_attention.softmax_offset": Cut.ROWS,
+    "linear_wq_b.weight": Cut.WHOLE,
+    "linear_wk.weight": Cut.WHOLE,
+    "linear_weights_proj.weight": Cut.WHOLE,
     "router.weight": Cut.WHOLE,
     "router.bias": Cut.WHOLE,
     "router.expert_bias": Cut.WHOLE,

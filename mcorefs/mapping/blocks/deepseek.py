@@ -16,16 +16,17 @@ from mcorefs.mapping.blocks.routing import (
     no_sinkhorn,
     whole_shared_experts,
 )
-from mcorefs.mapping.family import Check, Key
+from mcorefs.mapping.family import Check, Facts, Key
 
-DEEPSEEK_LAYER = (
-    *MLA,
+DEEPSEEK_MLP = (
     *GATED_MLP,
     *gated_experts("mlp.experts.{expert}."),
     router("mlp.gate.weight"),
     *shared_experts("mlp.shared_experts."),
     *LAYER_NORMS,
 )
+"""What a layer holds but its attention."""
+DEEPSEEK_LAYER = (*MLA, *DEEPSEEK_MLP)
 DEEPSEEK_KEYS: Mapping[str, Key] = {
     **MLA_KEYS,
     **SIGMOID_KEYS,
@@ -42,3 +43,8 @@ DEEPSEEK_CHECKS: tuple[Check, ...] = (
     whole_shared_experts,
     no_sinkhorn,
 )
+
+
+def mlp_layer_types(facts: Facts) -> list[str]:
+    layers = range(facts.dims["layers"])
+    return ["sparse" if layer in facts.moe_layers else "dense" for layer in layers]

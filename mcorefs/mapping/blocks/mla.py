@@ -15,34 +15,34 @@ from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.family import Facts, Key, Proven, Rule, Soft
 
 _AT, _HF = MLAYER + "self_attention.", LAYER + "self_attn."
-_LATENT_QUERIES = "decoder.layers.*.self_attention.linear_q_down_proj.weight"
-_DIRECT_QUERIES = "decoder.layers.*.self_attention.linear_q_proj.weight"
+LATENT_QUERIES = "decoder.layers.*.self_attention.linear_q_down_proj.weight"
+DIRECT_QUERIES = "decoder.layers.*.self_attention.linear_q_proj.weight"
 
 MLA = (
     Rule(
         _HF + "q_proj.weight",
         _AT + "linear_q_proj.weight",
         ("q_rows", "hidden"),
-        when=_DIRECT_QUERIES,
+        when=DIRECT_QUERIES,
     ),
     Rule(
         _HF + "q_a_proj.weight",
         _AT + "linear_q_down_proj.weight",
         ("q_lora", "hidden"),
-        when=_LATENT_QUERIES,
+        when=LATENT_QUERIES,
     ),
     Rule(
         _HF + "q_a_layernorm.weight",
         (_AT + "linear_q_up_proj.layer_norm_weight", _AT + "q_layernorm.weight"),
         ("q_lora",),
         gamma,
-        when=_LATENT_QUERIES,
+        when=LATENT_QUERIES,
     ),
     Rule(
         _HF + "q_b_proj.weight",
         _AT + "linear_q_up_proj.weight",
         ("q_rows", "q_lora"),
-        when=_LATENT_QUERIES,
+        when=LATENT_QUERIES,
     ),
     Rule(
         _HF + "kv_a_proj_with_mqa.weight",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mcorefs.mapping.families.deepseek_v2 import DEEPSEEK_V2
 from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
+from mcorefs.mapping.families.deepseek_v32 import DEEPSEEK_V32
 from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
@@ -30,6 +31,7 @@ from mcorefs.mapping.family import Family
 FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
     ERNIE4_5,
     GEMMA,
     GEMMA2,

@@ -9,6 +9,7 @@ from ..spec import Spec
 from .base import Family
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
+from .deepseek_v32 import DEEPSEEK_V32
 from .ernie4_5 import ERNIE4_5
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
@@ -35,6 +36,7 @@ from .qwen3_next import QWEN3_NEXT
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "deepseek_v32": DEEPSEEK_V32,
     "ernie4_5": ERNIE4_5,
     "gemma": GEMMA,
     "gemma2": GEMMA2,

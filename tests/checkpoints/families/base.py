@@ -166,6 +166,50 @@ LATENT_ATTENTION: Mapping[str, Value] = {
 }
 """Megatron's own modules for down projections are column parallel."""
 
+INDEX_HEADS, INDEX_DIM = 4, 32
+_INDEXER, _HF_INDEXER = (
+    LAYER + "self_attention.core_attention.indexer.",
+    HF_LAYER + "self_attn.indexer.",
+)
+SPARSE_ATTENTION: Mapping[str, Value] = {
+    **LATENT_ATTENTION,
+    _INDEXER + "linear_wq_b.weight": Whole(_HF_INDEXER + "wq_b.weight"),
+    _INDEXER + "linear_wk.weight": Whole(_HF_INDEXER + "wk.weight"),
+    _INDEXER + "k_norm.weight": Norm(_HF_INDEXER + "k_norm.weight"),
+    _INDEXER + "k_norm.bias": Whole(_HF_INDEXER + "k_norm.bias"),
+    _INDEXER + "linear_weights_proj.weight": Whole(_HF_INDEXER + "weights_proj.weight"),
+}
+"""Indexers rotate the first part of their heads on both sides."""
+
+
+def sparse_config(spec: Spec) -> Values:
+    return {
+        "index_n_heads": INDEX_HEADS,
+        "index_head_dim": INDEX_DIM,
+        "index_topk": spec.index_topk,
+    }
+
+
+def sparse_arguments(spec: Spec, interleaved: bool) -> Values:
+    return {
+        "experimental_attention_variant": "dsa",
+        "dsa_indexer_n_heads": INDEX_HEADS,
+        "dsa_indexer_head_dim": INDEX_DIM,
+        "dsa_indexer_topk": spec.index_topk,
+        "dsa_indexer_topk_freq": 1,
+        "dsa_indexer_skip_topk_offset": 0,
+        "dsa_indexer_loss_coeff": 0.001,
+        "dsa_indexer_use_sparse_loss": True,
+        "dsa_kernel_backend": "none",
+        "dsa_indexer_rope_interleaved": interleaved,
+        "dsa_indexer_rotate_activation": True,
+        "dsa_indexer_scoring_relu": True,
+        "dsa_indexer_k_norm_epsilon": 1e-6,
+        "dsa_indexer_k_norm_fp32": False,
+        "qk_layernorm": True,
+    }
+
+
 MTP = "mtp.layers.{layer}."
 MTP_BEHIND: Mapping[str, Value] = {
     MTP + "enorm.weight": Norm(HF_LAYER + "enorm.weight"),
