@@ -317,6 +317,21 @@ class To(Computed):
         out[...] = cast.view(self.dtype.carrier)
 
 
+@dataclass(frozen=True, slots=True)
+class Zeros(Computed):
+    """What a checkpoint holds nothing of, since it is nothing but zeros."""
+
+    shape: Shape
+    dtype: DType
+
+    @property
+    def sources(self) -> tuple[View, ...]:
+        return ()
+
+    def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
+        out[...] = 0
+
+
 def to(view: View, dtype: DType) -> View:
     """`view` as `dtype`: itself where it is that already."""
     return view if view.dtype == dtype else To(view, dtype)

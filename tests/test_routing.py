@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from mcorefs.mapping.blocks import routing
-from mcorefs.mapping.family import Check, Facts, Key, Soft
+from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
+from mcorefs.mapping.family import Check, Facts, Key, Proven, Soft
 
 
 def facts(
@@ -110,3 +111,27 @@ def grouped(groups: int | None, kept: int | None, chosen: int) -> Facts:
 def test_checks(check: Check, fine: Facts, wrong: Facts, said: str) -> None:
     assert check(fine) is None
     assert said in str(check(wrong))
+
+
+@pytest.mark.parametrize(
+    ("moe_layers", "said"),
+    [
+        ((1, 2, 3), (1, 3, 1)),
+        ((1, 2), (1, 2, 1)),
+        ((3,), (3, 3, 1)),
+        ((1, 3), (1, 3, 2)),
+        ((2, 5, 8), (2, 8, 3)),
+        ((0, 2), None),  # it would say 1 and 3
+        ((1, 2, 4), None),
+    ],
+)
+def test_layers_of_experts_from_one_to_another(
+    moe_layers: tuple[int, ...], said: tuple[int, int, int] | None
+) -> None:
+    found = facts({"moe_router_topk": 2}, moe_layers, layers=9, shared_ffn=8, moe_ffn=8)
+    problems = [problem for check in ERNIE4_5_MOE.checks if (problem := check(found))]
+    assert ["config.json can only say" in problem for problem in problems] == [True] * (not said)
+    if said:
+        names = ("start_index", "end_index", "interval")
+        keys = [ERNIE4_5_MOE.config[f"moe_layer_{name}"].value(found) for name in names]
+        assert keys == [Proven(value) for value in said]

@@ -27,6 +27,7 @@ from mcorefs.views import (
     To,
     Unflatten,
     View,
+    Zeros,
     leaves,
     moves_only,
     to,
@@ -62,6 +63,15 @@ def test_any_box_of_any_view_is_what_numpy_says(data: st.DataObject) -> None:
     view.read_into(box, out, memory.leaf)
     assert_same(out, value[box.slices()], view.dtype, cast=not moves_only(view))
     assert set(leaves(view)) <= set(memory.arrays)
+
+
+def test_zeros_are_read_from_nothing() -> None:
+    view = Zeros((3, 5), BY_NAME["F32"])
+    out = np.full((2, 5), 7, view.dtype.carrier)
+    view.read_into(Box((1, 0), (2, 5)), out, Memory().leaf)
+    assert not out.any()
+    assert not list(leaves(view))
+    assert not moves_only(view)
 
 
 def whole(view: View, leaf: Leaf) -> Array:

@@ -102,7 +102,9 @@ def build_model(spec: Spec) -> PreTrainedModel:
         if spec.fp32_router and name.endswith(".mlp.gate.weight"):
             parameter.data = parameter.data.float()
         with torch.no_grad():
-            if parameter.dim() == 1 and name.endswith(".weight"):  # of a norm
+            if name.endswith(FAMILIES[spec.family].zeros):
+                parameter.data = torch.zeros(parameter.shape)
+            elif parameter.dim() == 1 and name.endswith(".weight"):  # of a norm
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.05, generator=generator)

@@ -11,6 +11,7 @@ from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .deepseek_v32 import DEEPSEEK_V32
 from .ernie4_5 import ERNIE4_5
+from .ernie4_5_moe import ERNIE4_5_MOE
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
@@ -38,6 +39,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": DEEPSEEK_V32,
     "ernie4_5": ERNIE4_5,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
@@ -61,7 +63,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": QWEN3_NEXT,
 }
 
-_MUST_BE_NAMED = ("ernie4_5", "gemma", "glm4_moe_lite", "phi3")
+_MUST_BE_NAMED = ("ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "phi3")
 """Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 

@@ -307,6 +307,8 @@ class Family:
     """Layers for multi-token prediction are under mtp, not behind the decoder's."""
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
+    zeros: tuple[str, ...] = ()
+    """Ends of the names of what transformers' model has in fp32, and Megatron's has not: zeros."""
     built: Callable[[Spec], Values] = no_arguments
     """What the model that is saved has beyond its arguments, in further arguments."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
