@@ -135,6 +135,16 @@ MaxReadRate = Annotated[
         "storage to a training run.",
     ),
 ]
+ReadTimeout = Annotated[
+    float,
+    typer.Option(
+        "--read-timeout",
+        metavar="SECONDS",
+        min=0.1,
+        help="How long the storage may take to answer a read of a shard before who asked gets an "
+        "I/O error.",
+    ),
+]
 Part = Annotated[
     Share | None,
     typer.Option(

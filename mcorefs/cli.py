@@ -28,6 +28,7 @@ from mcorefs.arguments import (
     Iteration,
     MaxReadRate,
     Part,
+    ReadTimeout,
     RequireTokenizer,
     ShardSize,
     TaskName,
@@ -95,6 +96,7 @@ def mount(
         ),
     ] = "mcorefs",
     max_read_rate: MaxReadRate = None,
+    read_timeout: ReadTimeout = 30.0,
     prefetch: Annotated[
         bool,
         typer.Option(
@@ -131,7 +133,11 @@ def mount(
         task,
     )
     options = replace(
-        options, shard_size=shard_size, cache_bytes=cache_size, max_read_rate=max_read_rate
+        options,
+        shard_size=shard_size,
+        cache_bytes=cache_size,
+        max_read_rate=max_read_rate,
+        read_timeout=read_timeout,
     )
     opened = open_tree(ckpt, options)
     source, tree = opened.source, opened.tree

@@ -10,25 +10,43 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
+from mcorefs.deadline import MAX_IDLE, Deadline, LateError
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import MAX_BYTES
 from mcorefs.tar import Member, member_at
 
+T = TypeVar("T")
+
+PASSING = frozenset(
+    (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN)
+)
+"""Errors that may pass: a server that fails over (NFS, Lustre), a disk that is reset."""
+PAUSES = (0.05, 0.25)
+"""Seconds before such a call is made again, and once more."""
+PIECE = 1 << 20
+"""Most bytes that another thread reads at once."""
+
 
 class _Handle:
     """An open file, or the part of one that is a file in an archive."""
 
-    __slots__ = ("end", "fd", "start", "users")
+    __slots__ = ("end", "fd", "is_forgotten", "knows_nowait", "never_waits", "start", "users")
 
     def __init__(self, fd: int, start: int, end: int) -> None:
         self.fd, self.start, self.end = fd, start, end
         self.users = 0
+        self.is_forgotten = False
+        self.knows_nowait = True
+        """Whether its file system can say that a read would have to wait."""
+        self.never_waits = False
 
 
 class LocalFiles:
@@ -38,12 +56,24 @@ class LocalFiles:
     when it is opened is refused with a ReadFault, so that two versions are never mixed. A file
     deleted or replaced while it is open is read on as it was; one truncated in place is a
     ReadFault; one *rewritten* in place is noticed when it is next opened. Thread-safe.
+
+    Errors that may pass are tried again (PAUSES). With a `deadline`, no call waits longer for the
+    file system than that. What lies in memory is still read by the calling thread, straight into
+    its buffer: only a read that has to wait, as the kernel says (RWF_NOWAIT), is another thread's,
+    through a buffer of its own, because the caller's is not its own once the caller has gone.
     """
 
-    def __init__(self, identities: Mapping[str, FileIdentity], max_open: int) -> None:
+    def __init__(
+        self,
+        identities: Mapping[str, FileIdentity],
+        max_open: int,
+        deadline: Deadline | None = None,
+    ) -> None:
         self._identities = identities
         self._max_open = max_open
+        self._deadline = deadline
         self._handles: OrderedDict[str, _Handle] = OrderedDict()
+        self._buffers: list[bytearray] = []
         self._closed = False
         self._lock = threading.Lock()
 
@@ -52,36 +82,113 @@ class LocalFiles:
         if offset < 0:  # preadv would take -1 for "where the last read ended"
             raise ReadFault(f"{path}: there is no byte {offset}")
         done, want = 0, len(out)
-        handle = self._open(path)
-        try:
-            while done < want:
-                at = handle.start + offset + done
-                count = os.preadv(handle.fd, [out[done : done + max(handle.end - at, 0)]], at)
-                if count == 0:
+        pauses = iter(PAUSES)
+        while True:
+            handle = self._open(path)
+            try:
+                while done < want:
+                    done += self._read(path, handle, offset, done, out)
+                return
+            except (OSError, OverflowError) as problem:
+                if isinstance(problem, ReadFault):
+                    raise
+                number = getattr(problem, "errno", None)
+                pause = next(pauses, None) if number in PASSING else None
+                if pause is None:
                     raise ReadFault(
-                        f"{path}: wanted {want} bytes at {offset} but the file ends after {done}: "
-                        "it was truncated after the checkpoint was opened"
-                    )
-                done += count
-        except ReadFault:
-            raise
-        except (OSError, OverflowError) as problem:
-            raise ReadFault(f"{path}: read of {want} bytes at {offset} failed: {problem}") from None
-        finally:
+                        f"{path}: read of {want} bytes at {offset} failed: {problem}"
+                    ) from None
+                if number == errno.ESTALE:
+                    self._forget(path, handle)  # and open it again, if it is still the same
+            finally:
+                self._release(handle)
+            time.sleep(pause)
+
+    def _read(self, path: str, handle: _Handle, offset: int, done: int, out: memoryview) -> int:
+        """Fill `out` from `done` on with some bytes, at least one; how many."""
+        at = handle.start + offset + done
+        part = out[done : done + max(handle.end - at, 0)]
+        count = self._read_at(path, handle, at, part)
+        if count == 0:
+            raise ReadFault(
+                f"{path}: wanted {len(out)} bytes at {offset} but the file ends after {done}: "
+                "it was truncated after the checkpoint was opened"
+            )
+        return count
+
+    def _read_at(self, path: str, handle: _Handle, at: int, out: memoryview) -> int:
+        if self._deadline is None or handle.never_waits:
+            return os.preadv(handle.fd, [out], at)
+        if handle.knows_nowait:
+            try:
+                if count := os.preadv(handle.fd, [out], at, os.RWF_NOWAIT):
+                    return count
+            except BlockingIOError:
+                pass
+            except OSError as problem:
+                if problem.errno != errno.EOPNOTSUPP:
+                    raise
+                handle.knows_nowait = False
+                handle.never_waits = _is_memory(os.fstat(handle.fd).st_dev)
+        return self._read_in_time(path, handle, at, out)
+
+    def _read_in_time(self, path: str, handle: _Handle, at: int, out: memoryview) -> int:
+        want = min(len(out), PIECE)
+        with self._lock:
+            handle.users += 1  # for the thread that reads, should this one go first
+
+        def work() -> tuple[bytearray, int]:
+            buffer = self._buffers.pop() if self._buffers else bytearray(PIECE)
+            return buffer, os.preadv(handle.fd, [memoryview(buffer)[:want]], at)
+
+        def end(result: tuple[bytearray, int] | None) -> None:
+            if result is not None and len(self._buffers) < MAX_IDLE:
+                self._buffers.append(result[0])
             self._release(handle)
+
+        buffer, count = self._in_time(path, work, end)
+        out[:count] = memoryview(buffer)[:count]
+        end((buffer, count))
+        return count
+
+    def _in_time(self, path: str, work: Callable[[], T], lost: Callable[[T | None], None]) -> T:
+        assert self._deadline is not None
+        try:
+            return self._deadline.run(path, work, lost)
+        except LateError as problem:
+            raise ReadFault(f"{path}: its storage does not answer: {problem}") from None
 
     def _open(self, path: str) -> _Handle:
         """A handle of `path`, shared between threads, that stays open until it is released."""
         handle = self._taken(path, None)
         if handle is None:
             # Without the lock: a slow file system must not hold up reads of open files.
-            handle = self._taken(path, self._open_checked(path))
+            handle = self._taken(path, self._open_in_time(path))
         assert handle is not None
         return handle
+
+    def _open_in_time(self, path: str) -> _Handle:
+        if self._deadline is None:
+            return self._open_checked(path)
+
+        def lost(handle: _Handle | None) -> None:
+            if handle is not None:
+                os.close(handle.fd)
+
+        return self._in_time(path, lambda: self._open_checked(path), lost)
+
+    def _forget(self, path: str, handle: _Handle) -> None:
+        """Have the next read open `path` anew; the handle is closed when nobody reads from it."""
+        with self._lock:
+            if self._handles.get(path) is handle:
+                del self._handles[path]
+                handle.is_forgotten = True
 
     def _release(self, handle: _Handle) -> None:
         with self._lock:
             handle.users -= 1
+            if handle.is_forgotten and handle.users == 0:
+                os.close(handle.fd)
             self._close_idle()
 
     def _taken(self, path: str, new: _Handle | None) -> _Handle | None:
@@ -108,7 +215,8 @@ class LocalFiles:
             member = member_at(path)
             name = path if member is None else member.archive
             # O_NONBLOCK: a FIFO put in the place of a shard must not wait for a writer.
-            fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = _patiently(lambda: os.open(name, flags))
         except (OSError, ValueError, CheckpointError) as problem:
             raise ReadFault(
                 f"{path} cannot be opened: {problem}; it was there when the checkpoint was opened"
@@ -144,6 +252,30 @@ class LocalFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _patiently(call: Callable[[], T]) -> T:
+    """What `call` returns, if need be once the error has passed."""
+    for pause in PAUSES:
+        try:
+            return call()
+        except OSError as problem:
+            if problem.errno not in PASSING:
+                raise
+        time.sleep(pause)
+    return call()
+
+
+def _is_memory(device: int) -> bool:
+    """Whether the file system with this number has nothing to wait for (proc_pid_mountinfo(5))."""
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            lines = [line.split() for line in file if number in line]
+    except OSError:
+        return False
+    types = [line[line.index(b"-") + 1] for line in lines if line[2] == number and b"-" in line]
+    return any(kind in (b"tmpfs", b"ramfs") for kind in types)
 
 
 def local_file(path: str) -> tuple[FileIdentity | None, str | None]:

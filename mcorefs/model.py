@@ -63,6 +63,8 @@ class Options:
     """Budget of the tile cache; None: chosen from the memory there is."""
     max_read_rate: int | None = None
     """Most bytes a second that are read of the shards by this process; None: no limit."""
+    read_timeout: float | None = None
+    """Seconds after which a read that the storage has not answered fails; None: it waits."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcorefs.boxes import Shape, row_major_strides
+from mcorefs.deadline import Deadline
 from mcorefs.dtypes import DType
 from mcorefs.encoding import MAX_NBYTES, EncodingError, decode
 from mcorefs.errors import CheckpointError, ReadFault
@@ -53,9 +54,10 @@ class Storage:
         max_open: int = 512,
         remote_bytes: int = REMOTE_BYTES,
         rate: Rate = NO_LIMIT,
+        deadline: Deadline | None = None,
     ) -> None:
         self._identities = identities
-        self._files = LocalFiles(identities, max_open)
+        self._files = LocalFiles(identities, max_open, deadline)
         self._rate = rate
         self._objects: Objects | None = None
         if any(map(is_url, identities)):

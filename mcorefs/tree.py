@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs import passthrough
+from mcorefs.deadline import Deadline
 from mcorefs.errors import NoWeightsError
 from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.formats import HUGGINGFACE
@@ -65,7 +66,9 @@ def open_tree(path: Path, options: Options) -> Opened:
     """
     source = source_at(locate(path, options.iteration, options.format), options)
     rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
-    tree, reader = build(source, options.shard_size, cache_budget(options.cache_bytes), rate)
+    deadline = None if options.read_timeout is None else Deadline(options.read_timeout)
+    budget = cache_budget(options.cache_bytes)
+    tree, reader = build(source, options.shard_size, budget, rate, deadline)
     return Opened(source, tree, reader)
 
 
@@ -80,15 +83,19 @@ def source_at(location: Location, options: Options) -> Source:
 
 
 def build(
-    source: Source, shard_size: int | str, cache_bytes: int, rate: Rate = NO_LIMIT
+    source: Source,
+    shard_size: int | str,
+    cache_bytes: int,
+    rate: Rate = NO_LIMIT,
+    deadline: Deadline | None = None,
 ) -> tuple[VirtualTree, Reader]:
     """The tree of `source`, and the reader behind it. Reads no tensor data."""
     if isinstance(source, Passthrough):
         identities = dict(source.files.values())
-        storage, cache_bytes = _storage(identities, cache_bytes, rate)
+        storage, cache_bytes = _storage(identities, cache_bytes, rate, deadline)
         served = _ahead(source.serve(storage), storage)
         return _tree(served, identities), Reader(storage, cache_bytes)
-    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes, rate)
+    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes, rate, deadline)
     reader = Reader(storage, cache_bytes)
     layouts, index = lay_out(source.tensors, shard_size)
     files: dict[str, VirtualFile] = {
@@ -105,11 +112,11 @@ def build(
 
 
 def _storage(
-    files: Mapping[str, FileIdentity], cache_bytes: int, rate: Rate
+    files: Mapping[str, FileIdentity], cache_bytes: int, rate: Rate, deadline: Deadline | None
 ) -> tuple[Storage, int]:
     """(what reads `files`, bytes for the tile cache): of remote files half of it is for blocks, and
     some for what is read ahead of readers."""
-    storage = Storage(files, remote_bytes=cache_bytes // 2, rate=rate)
+    storage = Storage(files, remote_bytes=cache_bytes // 2, rate=rate, deadline=deadline)
     if not storage.is_remote:
         return storage, cache_bytes
     return storage, cache_bytes - cache_bytes // 2 - storage.pieces_ahead * PIECE

@@ -20,7 +20,9 @@ log = logging.getLogger("mcorefs.mount")
 REQUEST_BYTES = 1 << 20
 """Largest read request asked of the kernel (libfuse 3); its own limit is 256 pages as well."""
 
-_BACKGROUND_REQUESTS = 64
+BACKGROUND_REQUESTS = 64
+"""Requests in flight for which no process waits yet: read-ahead. Those of storage that does not
+answer must leave room for others."""
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _PYBUF_WRITE = 0x200
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
@@ -98,6 +100,34 @@ class WorkerThreads:
             ctypes.pythonapi.PyGILState_Ensure()
 
 
+class Turns:
+    """How many reads are computed at once. Those beyond wait for their turn, which is cheaper than
+    taking turns at the interpreter lock; one that has lasted for SLOW seconds waits for storage,
+    not for a processor, and its turn goes to the next. Thread-safe."""
+
+    SLOW = 0.1
+
+    def __init__(self, limit: int) -> None:
+        self._free = threading.Semaphore(limit)
+        self._since: dict[int, float] = {}
+        """When each thread got its turn."""
+
+    def __enter__(self) -> None:
+        while not self._free.acquire(timeout=self.SLOW):
+            then = time.monotonic() - self.SLOW
+            for thread, since in list(self._since.items()):
+                if since < then:
+                    self._end(thread)
+        self._since[threading.get_ident()] = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._end(threading.get_ident())
+
+    def _end(self, thread: int) -> None:
+        if self._since.pop(thread, None) is not None:
+            self._free.release()
+
+
 class Operations:
     """The callbacks that libfuse gets, as both bindings call them.
 
@@ -112,11 +142,16 @@ class Operations:
     flag_nopath = 1
 
     def __init__(
-        self, nodes: NodeTable, workers: WorkerThreads, on_live: Callable[[], None]
+        self,
+        nodes: NodeTable,
+        workers: WorkerThreads,
+        turns: Turns,
+        on_live: Callable[[], None],
     ) -> None:
         """`on_live` is called once when the kernel has the mount; it must not touch the mount."""
         self.nodes = nodes
         self.workers = workers
+        self.turns = turns
         self.faults = FaultLog()
         self._on_live = on_live
 
@@ -128,8 +163,8 @@ class Operations:
         """Start of service, libfuse 3: read requests may be as large as write requests."""
         if connection is not None:
             connection.max_write = connection.max_read = REQUEST_BYTES
-            connection.max_background = _BACKGROUND_REQUESTS
-            connection.congestion_threshold = _BACKGROUND_REQUESTS * 3 // 4
+            connection.max_background = BACKGROUND_REQUESTS
+            connection.congestion_threshold = BACKGROUND_REQUESTS * 3 // 4
         self._on_live()
 
     def getattr(self, path: str | None, fh: int | None = None) -> Mapping[str, int]:
@@ -208,7 +243,8 @@ class InPlaceReads:
             return 0
         out = cast(memoryview, _memory_at(ctypes.addressof(buffer.contents), size, _PYBUF_WRITE))
         try:
-            node.file.read_into(offset, out)
+            with self.operations.turns:
+                node.file.read_into(offset, out)
         except Exception as error:
             self._report(node, error)
             return -errno.EIO

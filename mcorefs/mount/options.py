@@ -40,7 +40,7 @@ class MountOptions:
     read_ahead_kib: int = 4096
     """Kernel read-ahead on this mount; needs root, and is left at the kernel's default without."""
     threads: int = field(default_factory=_threads)
-    """Requests answered at once (libfuse 3.12 or later; older ones take as many as they like)."""
+    """Reads computed at once."""
 
     def __post_init__(self) -> None:
         if not _FSNAME.fullmatch(self.fsname):

@@ -17,10 +17,12 @@ from mcorefs.errors import MountError
 from mcorefs.mount.binding import LIBFUSE2, Binding, load_binding
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import (
+    BACKGROUND_REQUESTS,
     REQUEST_BYTES,
     CallableOperations,
     InPlaceReads,
     Operations,
+    Turns,
     WorkerThreads,
 )
 from mcorefs.mount.options import MountOptions
@@ -30,6 +32,9 @@ _FOR_EVER = 86400 * 365
 """Seconds for which the kernel may keep names and attributes: the tree never changes."""
 _LIBFUSE2_REQUEST_BYTES = 128 << 10
 _ENDED_BY_SIGNAL = 8  # libfuse 3, when its handler of SIGINT, SIGTERM or SIGHUP ended the loop
+THREADS = 96
+"""Of libfuse, which starts one only when all others are busy, as they are when storage does not
+answer: more than read-ahead can take up, so that the rest of the mount is still answered."""
 _FIXED_THREADS = (3, 12)  # first libfuse with max_threads; its threads never end before it
 
 Option = bool | int | str
@@ -62,8 +67,8 @@ def run_session(
 
     operations_class = CallableOperations if binding.flavour is LIBFUSE2 else Operations
     # Older libfuse ends idle threads and starts new ones.
-    workers = WorkerThreads(options.threads if binding.version >= _FIXED_THREADS else 0)
-    operations = operations_class(build_nodes(tree), workers, live)
+    workers = WorkerThreads(THREADS if binding.version >= _FIXED_THREADS else 0)
+    operations = operations_class(build_nodes(tree), workers, Turns(options.threads), live)
     session_class = type("Session", (InPlaceReads, binding.fuse_class), {})
     serve = cast(Callable[..., object], session_class)
     with _stderr_to(messages) as restore_stderr, _default_signals():
@@ -92,8 +97,11 @@ def _libfuse_options(binding: Binding, options: MountOptions) -> dict[str, Optio
         "negative_timeout": _FOR_EVER,
         "max_read": _LIBFUSE2_REQUEST_BYTES if libfuse2 else REQUEST_BYTES,
     }
+    if libfuse2:  # libfuse 3 is told when it starts
+        chosen["max_background"] = BACKGROUND_REQUESTS
+        chosen["congestion_threshold"] = BACKGROUND_REQUESTS * 3 // 4
     if binding.version >= _FIXED_THREADS:
-        chosen["max_threads"] = options.threads
+        chosen["max_threads"] = THREADS
     if options.allow_other:
         chosen["allow_other"] = True
     if options.auto_unmount and shutil.which(binding.flavour.mounter) is not None:
