@@ -1,125 +1,164 @@
-"""How long a large checkpoint takes to open: 100,000 chunks of weights, 500,000 of the optimizer.
+"""Checkpoints of large runs whose shard files are all hole, to measure how they are opened.
 
-    python scripts/big_metadata.py [DIR]
+    python scripts/big_metadata.py DIR NAME [--optimizer FORM] [--etp N]
 
-Writes the `.metadata` of a run on a thousand ranks with torch's own classes (its shard files have
-no data in them), and opens it as a model in a process of its own.
+Writes into DIR what torch and megatron-core would: each rank's plan and what came of it, pickled
+as the ranks send them to each other, and gathered by torch's own planner and writer. (What is one
+string or tuple in a rank is one in `.metadata`; what several ranks sent is not.)
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import gc
-import itertools
 import json
 import math
 import pickle
-import subprocess
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
-import torch
-from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-LAYERS, EXPERTS, HIDDEN, FFN, MOE_FFN = 94, 176, 2048, 6144, 768
-HEADS, GROUPS, HEAD_DIM, VOCAB = 32, 4, 128, 151_936
-TP, FILES = 2, 1024
-STATES = ("param", "exp_avg", "exp_avg_sq", "a", "b")
 ROOT = Path(__file__).resolve().parents[1]
-Shape = tuple[int, ...]
+sys.path.insert(0, str(ROOT))
 
-OPEN = """
-import sys, time
-started = time.perf_counter()
-from pathlib import Path
-from mcorefs.model import Options, load
-from mcorefs.tree import build
-model = load(Path(sys.argv[1]), Options())
-tree, _ = build(model, "50GB", 1 << 20)
-seconds = time.perf_counter() - started
-chunks = sum(len(tensor.chunks) for tensor in model.checkpoint.tensors.values())
-status = Path("/proc/self/status").read_text()
-peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
-print(f"{chunks} chunks, {len(model.tensors)} tensors: {seconds:.2f} s, {peak:.0f} MiB at most")
-"""
+import torch  # noqa: E402
+from torch.distributed.checkpoint import metadata as dcp  # noqa: E402
+from torch.distributed.checkpoint.default_planner import (  # noqa: E402
+    create_default_global_save_plan,
+)
+from torch.distributed.checkpoint.filesystem import (  # noqa: E402
+    FileSystemWriter,
+    _StorageInfo,
+)
+from torch.distributed.checkpoint.planner import (  # noqa: E402
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import WriteResult  # noqa: E402
 
+from scripts.big_models import DEEPSEEK_V3, QWEN3_30B_A3B, Piece, Run, by_key, count  # noqa: E402
 
-def tensors() -> Iterator[tuple[str, Shape, Shape]]:
-    """(fqn, shape, shape of a chunk) of a Qwen3-MoE at TP and ETP 2."""
-    layers = "decoder.layers."
-    rows = (HEADS + 2 * GROUPS) * HEAD_DIM
-    heads = HEADS * HEAD_DIM
-    yield "embedding.word_embeddings.weight", (VOCAB, HIDDEN), (VOCAB // TP, HIDDEN)
-    yield "output_layer.weight", (VOCAB, HIDDEN), (VOCAB // TP, HIDDEN)
-    yield "decoder.final_layernorm.weight", (HIDDEN,), (HIDDEN,)
-    for name, shape, cut in (
-        ("self_attention.linear_qkv.weight", (rows, HIDDEN), (rows // TP, HIDDEN)),
-        ("self_attention.linear_proj.weight", (HIDDEN, heads), (HIDDEN, heads // TP)),
-        ("self_attention.linear_qkv.layer_norm_weight", (HIDDEN,), (HIDDEN,)),
-        ("self_attention.q_layernorm.weight", (HEAD_DIM,), (HEAD_DIM,)),
-        ("self_attention.k_layernorm.weight", (HEAD_DIM,), (HEAD_DIM,)),
-        ("pre_mlp_layernorm.weight", (HIDDEN,), (HIDDEN,)),
-        ("mlp.router.weight", (EXPERTS, HIDDEN), (EXPERTS, HIDDEN)),
-    ):
-        yield layers + name, (LAYERS, *shape), (1, *cut)
-    for name, shape, cut in (
-        ("linear_fc1", (2 * MOE_FFN, HIDDEN), (MOE_FFN // TP, HIDDEN)),
-        ("linear_fc2", (HIDDEN, MOE_FFN), (HIDDEN, MOE_FFN // TP)),
-    ):
-        fqn = f"{layers}mlp.experts.experts.{name}.weight"
-        yield fqn, (LAYERS, EXPERTS, *shape), (1, 1, *cut)
+T = TypeVar("T")
+RUNS = {"qwen3-30b-a3b": QWEN3_30B_A3B, "deepseek-v3": DEEPSEEK_V3}
+WRITERS = 2
+"""Files of each rank (megatron-core's default)."""
+ARCHIVE, OBJECT = 1500, 1261
+"""Bytes of an archive beside its tensor; of one of an object."""
 
 
-def make(iteration: Path) -> None:
-    """Write the checkpoint, whose shard files are all hole."""
-    iteration.mkdir(parents=True, exist_ok=True)
-    entries: dict[str, dcp.TensorStorageMetadata | dcp.BytesStorageMetadata] = {}
-    places: dict[dcp.MetadataIndex, _StorageInfo] = {}
-    ends = [0] * FILES
-    number = itertools.count()
-    for state, (fqn, shape, cut) in itertools.product(("", *STATES), tensors()):
-        name = f"optimizer.state.{state}.{fqn}" if state else fqn
-        dtype = torch.float32 if state else torch.bfloat16
-        nbytes = math.prod(cut) * dtype.itemsize + 1500
-        chunks = []
-        steps = [range(0, size, part) for size, part in zip(shape, cut, strict=True)]
-        for offsets in itertools.product(*steps):
-            chunks.append(dcp.ChunkStorageMetadata(torch.Size(offsets), torch.Size(cut)))
-            file = next(number) % FILES
-            place = _StorageInfo(f"__{file}_0.distcp", ends[file], nbytes)
-            places[dcp.MetadataIndex(name, torch.Size(offsets))] = place
-            ends[file] += nbytes
-        properties = dcp.TensorProperties(dtype=dtype)
-        entries[name] = dcp.TensorStorageMetadata(properties, torch.Size(shape), chunks)
-    for file, end in enumerate(ends):
-        with (iteration / f"__{file}_0.distcp").open("wb") as stream:
-            stream.truncate(end)
-    with (iteration / ".metadata").open("wb") as stream:
-        pickle.dump(dcp.Metadata(entries, storage_data=places), stream, protocol=4)
+def write(run: Run, iteration: Path) -> None:
+    """The checkpoint, as an iteration directory."""
+    iteration.mkdir(parents=True)
+    plans, results = [], []
+    saved = run.saved()
+    for rank, pieces in saved.items():
+        plan = SavePlan(_items(pieces))
+        plans.append(_sent(plan))
+        results.append(_sent(_written(plan, rank, iteration)))
+    _, metadata = create_default_global_save_plan(plans)
+    metadata.all_local_plans = plans  # type: ignore[attr-defined]
+    FileSystemWriter(iteration).finish(metadata, results)
     described = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     (iteration / "metadata.json").write_text(json.dumps(described))
-    args = Namespace(
-        rotary_base=1_000_000,
-        layernorm_epsilon=1e-6,
-        max_position_embeddings=4096,
-        moe_router_topk=8,
-        ffn_hidden_size=FFN,
-        moe_ffn_hidden_size=MOE_FFN,
-        vocab_size=VOCAB,
+    torch.save({"args": _args(run), "iteration": 1, "checkpoint_version": 3.0}, _common(iteration))
+    print(f"{iteration}: {dict(count(saved))}", file=sys.stderr)
+
+
+def _common(iteration: Path) -> Path:
+    return iteration / "common.pt"
+
+
+def _sent(value: T) -> T:
+    """As torch.distributed.gather_object sends it."""
+    sent: T = pickle.loads(pickle.dumps(value))  # noqa: S301  (ours)
+    return sent
+
+
+def _items(pieces: Sequence[Piece]) -> list[WriteItem]:
+    """As megatron-core makes them: dist_checkpointing/strategies/{torch,checkpointable}.py."""
+    items = []
+    for key, parts in by_key(pieces).items():
+        for number, piece in enumerate(parts):
+            if piece.sizes is None:
+                items.append(WriteItem(dcp.MetadataIndex(key), WriteItemType.BYTE_IO))
+                continue
+            offsets = torch.Size(piece.offsets)
+            data = TensorWriteData(
+                dcp.ChunkStorageMetadata(offsets, torch.Size(piece.sizes)),
+                dcp.TensorProperties(getattr(torch, piece.dtype)),
+                torch.Size(piece.shape),
+            )
+            index = dcp.MetadataIndex(key, offsets, number)
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+    return items
+
+
+def _written(plan: SavePlan, rank: int, iteration: Path) -> list[WriteResult]:
+    """What the writers of a rank answer, each from a process of its own."""
+    results: list[WriteResult] = []
+    for writer in range(WRITERS):
+        name, end = f"__{rank}_{writer}.distcp", 0
+        mine = sorted(plan.items[writer::WRITERS], key=lambda item: item.tensor_data is not None)
+        answered = []
+        for item in mine:
+            data = item.tensor_data
+            nbytes = OBJECT
+            if data is not None:
+                nbytes = math.prod(data.chunk.sizes) * data.properties.dtype.itemsize + ARCHIVE
+            answered.append(WriteResult(item.index, nbytes, _StorageInfo(name, end, nbytes)))
+            end += nbytes
+        with (iteration / name).open("wb") as stream:
+            stream.truncate(end)
+        results += _sent(answered)
+    return results
+
+
+def _args(run: Run) -> Namespace:
+    freq = [0] * run.dense_layers + [1] * (run.layers - run.dense_layers)
+    return Namespace(
+        num_layers=run.layers,
+        hidden_size=run.hidden,
+        num_attention_heads=run.heads,
+        num_query_groups=run.groups or run.heads,
+        kv_channels=run.head_dim,
+        num_experts=run.experts,
+        moe_layer_freq=freq if run.dense_layers else 1,
+        moe_router_topk=run.topk,
+        ffn_hidden_size=run.ffn,
+        moe_ffn_hidden_size=run.moe_ffn,
+        vocab_size=run.vocab,
+        padded_vocab_size=run.vocab,
+        tensor_model_parallel_size=run.tp,
+        pipeline_model_parallel_size=run.pp,
+        expert_model_parallel_size=run.ep,
+        expert_tensor_parallel_size=run.etp,
+        world_size=run.world,
+        params_dtype=torch.bfloat16,
+        **run.args,
     )
-    torch.save({"args": args}, iteration / "common.pt")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("name", choices=RUNS)
+    parser.add_argument("--optimizer", default=None)
+    parser.add_argument("--etp", type=int)
+    options = parser.parse_args()
+    run = RUNS[options.name]
+    if options.optimizer:
+        run = dataclasses.replace(run, optimizer=options.optimizer)
+    if options.etp:
+        run = dataclasses.replace(run, etp=options.etp)
     gc.disable()
-    with tempfile.TemporaryDirectory() as scratch:
-        iteration = Path(sys.argv[1] if len(sys.argv) > 1 else scratch) / "iter_0000001"
-        if not (iteration / "common.pt").exists():
-            make(iteration)
-        subprocess.run([sys.executable, "-c", OPEN, str(iteration)], check=True, cwd=ROOT)
+    options.dir.mkdir(parents=True, exist_ok=True)
+    write(run, options.dir / "iter_0000001")
+    (options.dir / "latest_checkpointed_iteration.txt").write_text("1")
 
 
 if __name__ == "__main__":
