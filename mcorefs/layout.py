@@ -73,7 +73,7 @@ def _file(tensors: Sequence[HfTensor]) -> SafetensorsLayout:
         offsets.append(offsets[-1] + tensor.nbytes)
         header[tensor.name] = {
             "dtype": tensor.dtype.name,
-            "shape": list(tensor.shape),
+            "shape": tensor.shape,
             "data_offsets": offsets[-2:],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -92,12 +92,14 @@ def _file(tensors: Sequence[HfTensor]) -> SafetensorsLayout:
 
 
 def _index(tensors: Sequence[HfTensor], weight_map: Mapping[str, str]) -> bytes:
+    """What json.dumps with sorted keys and an indent of 2 makes, which takes it a while."""
     total_size = parameters = 0
     for tensor in tensors:
-        total_size += tensor.nbytes
-        parameters += 0 if tensor.is_buffer else tensor.nbytes // tensor.dtype.itemsize
-    index = {
-        "metadata": {"total_parameters": parameters, "total_size": total_size},
-        "weight_map": weight_map,
-    }
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+        nbytes = tensor.nbytes
+        total_size += nbytes
+        parameters += 0 if tensor.is_buffer else nbytes // tensor.dtype.itemsize
+    metadata = {"total_parameters": parameters, "total_size": total_size}
+    head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2).removesuffix("{}\n}")
+    spelled = {file: json.dumps(file) for file in set(weight_map.values())}
+    lines = [f"    {json.dumps(name)}: {spelled[weight_map[name]]}" for name in sorted(weight_map)]
+    return (head + "{\n" + ",\n".join(lines) + "\n  }\n}\n").encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import Any, Protocol
 
@@ -73,15 +73,20 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class _Unary:
-    source: View
+    """Its shape and dtype are worked out once: a model has views by the ten thousand, and each is
+    asked for them by whatever is above it."""
 
-    @property
-    def dtype(self) -> DType:
-        return self.source.dtype
+    source: View
+    shape: Shape = field(init=False, repr=False, compare=False)
+    dtype: DType = field(init=False, repr=False, compare=False)
 
     @property
     def sources(self) -> tuple[View, ...]:
         return (self.source,)
+
+    def _note(self, shape: Shape) -> None:
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "dtype", self.source.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +101,7 @@ class Narrow(_Unary):
         length = _length(self.source, self.axis)
         if not 0 <= self.start <= self.start + self.length <= length:
             raise ValueError(f"narrow {self.start}+{self.length} of {self.source.shape}")
-
-    @property
-    def shape(self) -> Shape:
-        return _replace(self.source.shape, self.axis, self.length)
+        self._note(_replace(self.source.shape, self.axis, self.length))
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         offsets = _replace(box.offsets, self.axis, box.offsets[self.axis] + self.start)
@@ -116,10 +118,8 @@ class Select(_Unary):
     def __post_init__(self) -> None:
         if not 0 <= self.index < _length(self.source, self.axis):
             raise ValueError(f"select {self.index} of {self.source.shape}")
-
-    @property
-    def shape(self) -> Shape:
-        return self.source.shape[: self.axis] + self.source.shape[self.axis + 1 :]
+        shape = self.source.shape
+        self._note(shape[: self.axis] + shape[self.axis + 1 :])
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         offsets = (*box.offsets[: self.axis], self.index, *box.offsets[self.axis :])
@@ -139,10 +139,7 @@ class Unflatten(_Unary):
         length = _length(self.source, self.axis)
         if not self.sizes or min(self.sizes) < 0 or math.prod(self.sizes) != length:
             raise ValueError(f"unflatten {self.source.shape} axis {self.axis} to {self.sizes}")
-
-    @property
-    def shape(self) -> Shape:
-        return _splice(self.source.shape, self.axis, 1, self.sizes)
+        self._note(_splice(self.source.shape, self.axis, 1, self.sizes))
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         if not box.volume:
@@ -171,16 +168,9 @@ class Flatten(_Unary):
     def __post_init__(self) -> None:
         if not 0 <= self.axis < self.axis + self.count <= len(self.source.shape):
             raise ValueError(f"flatten {self.axis}+{self.count} of {self.source.shape}")
-
-    @property
-    def shape(self) -> Shape:
-        end = self.axis + self.count
-        return _splice(
-            self.source.shape,
-            self.axis,
-            self.count,
-            (math.prod(self.source.shape[self.axis : end]),),
-        )
+        shape = self.source.shape
+        length = math.prod(shape[self.axis : self.axis + self.count])
+        self._note(_splice(shape, self.axis, self.count, (length,)))
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         axis = self.axis
@@ -205,10 +195,7 @@ class Permute(_Unary):
     def __post_init__(self) -> None:
         if sorted(self.dims) != list(range(len(self.source.shape))):
             raise ValueError(f"permute {self.source.shape} to {self.dims}")
-
-    @property
-    def shape(self) -> Shape:
-        return tuple(self.source.shape[d] for d in self.dims)
+        self._note(tuple(self.source.shape[d] for d in self.dims))
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         back = tuple(self.dims.index(axis) for axis in range(len(self.dims)))

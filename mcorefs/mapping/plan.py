@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,10 +36,7 @@ class HfTensor:
 
     @property
     def nbytes(self) -> int:
-        size = self.view.dtype.itemsize
-        for n in self.view.shape:
-            size *= n
-        return size
+        return math.prod(self.view.shape) * self.view.dtype.itemsize
 
 
 def plan(
@@ -79,9 +77,7 @@ class _Place:
     mtp: int = 0
 
     def fill(self, pattern: str) -> str:
-        for name, number in (("layer", self.layer), ("expert", self.expert), ("mtp", self.mtp)):
-            pattern = pattern.replace(f"{{{name}}}", str(number))
-        return pattern
+        return pattern.format(layer=self.layer, expert=self.expert, mtp=self.mtp)
 
 
 def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
@@ -101,16 +97,20 @@ def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
 
 
 def _source(rule: Rule, place: _Place, tensors: Mapping[str, View]) -> str | None:
-    return next((name for s in rule.sources if (name := place.fill(s)) in tensors), None)
+    for source in rule.sources:
+        if (name := place.fill(source)) in tensors:
+            return name
+    return None
 
 
 def _sources(
     rule: Rule, place: _Place, facts: Facts, tensors: Mapping[str, View]
 ) -> tuple[list[str], _Place | None]:
     """What one tensor of the rule is made from, and the first place where a part is missing."""
-    places = [place]
-    if rule.stacks_experts:
-        places = [replace(place, expert=expert) for expert in range(facts.dims.get("experts", 1))]
+    if not rule.stacks_experts:
+        name = _source(rule, place, tensors)
+        return ([], place) if name is None else ([name], None)
+    places = [replace(place, expert=expert) for expert in range(facts.dims.get("experts", 1))]
     names: list[str] = []
     missing: list[_Place] = []
     for one in places:
