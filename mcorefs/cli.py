@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -110,6 +111,7 @@ def mount(
     Returns when the mount is live and was checked; a daemon serves it until `mcorefs umount MNT`.
     Everything that is wrong with the checkpoint is reported at once, before anything is mounted.
     """
+    from mcorefs.memory import gc_paused
     from mcorefs.mount import MountOptions, check_fuse, check_mountpoint, serve
     from mcorefs.tree import open_tree
 
@@ -139,7 +141,9 @@ def mount(
         max_read_rate=max_read_rate,
         read_timeout=read_timeout,
     )
-    opened = open_tree(ckpt, options)
+    with gc_paused():
+        opened = open_tree(ckpt, options)
+        gc.freeze()  # it stays as long as the daemon does, which is forked and so shares it
     source, tree = opened.source, opened.tree
     if foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")

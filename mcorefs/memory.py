@@ -6,7 +6,9 @@ the machine (proc_meminfo(5); Linux:Documentation/admin-guide/cgroup-v2.rst memo
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mcorefs.errors import McorefsError
@@ -87,3 +89,16 @@ def _statistic(file: Path, name: str) -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.split()[0] == name), 0)
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """To open a checkpoint makes only what stays, at which the collector would look again and
+    again; for a while afterwards it looks at it once more."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

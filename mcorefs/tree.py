@@ -14,7 +14,7 @@ from mcorefs.formats import HUGGINGFACE
 from mcorefs.layout import INDEX, lay_out
 from mcorefs.locate import Location, locate
 from mcorefs.mapping.config import dump
-from mcorefs.memory import cache_budget
+from mcorefs.memory import cache_budget, gc_paused
 from mcorefs.model import Model, Options, load_at
 from mcorefs.passthrough import WEIGHTS, Passthrough
 from mcorefs.rate import NO_LIMIT, Rate
@@ -64,11 +64,12 @@ def open_tree(path: Path, options: Options) -> Opened:
 
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
-    source = source_at(locate(path, options.iteration, options.format), options)
     rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
     deadline = None if options.read_timeout is None else Deadline(options.read_timeout)
     budget = cache_budget(options.cache_bytes)
-    tree, reader = build(source, options.shard_size, budget, rate, deadline)
+    with gc_paused():
+        source = source_at(locate(path, options.iteration, options.format), options)
+        tree, reader = build(source, options.shard_size, budget, rate, deadline)
     return Opened(source, tree, reader)
 
 

@@ -9,15 +9,14 @@ pytorch:torch/distributed/checkpoint/metadata.py.
 
 from __future__ import annotations
 
-import gc
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
+from mcorefs.memory import gc_paused
 from mcorefs.pickle_machine import Built, Name, PickleError, run
 from mcorefs.records import (
     ChunkClass,
@@ -123,7 +122,7 @@ def loads(data: bytes, what: str, *, storages: bool = False, until: str | None =
             names[key] = _find(module, name)
         return names[key]
 
-    with _gc_paused():
+    with gc_paused():
         try:
             return run(data, find, _storage if storages else _no_storage, until)
         except Exception as problem:  # any bytes at all may come in
@@ -321,15 +320,3 @@ _RECORDS: dict[tuple[str, str], type[RecordClass]] = {
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): PropertiesClass,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): InfoClass,
 }
-
-
-@contextmanager
-def _gc_paused() -> Iterator[None]:
-    """Loading makes only new objects; the collector would look at them again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
