@@ -41,6 +41,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     dtype: str | None = None,
     weights: str = "model",
     adapter: str | PathLike[str] | None = None,
+    mtp: bool = True,
     shard_size: int | str = "50GB",
     cache_size: int | None = None,
 ) -> Checkpoint:
@@ -67,6 +68,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         weights=weights,
         adapter=path_of_adapter,
         adapter_scale=scale,
+        mtp=mtp,
         shard_size=shard_size,
         cache_bytes=cache_size,
     )

@@ -112,6 +112,15 @@ Adapter = Annotated[
         "weights when they are read. SCALE replaces alpha / r.",
     ),
 ]
+WithMtp = Annotated[
+    bool,
+    typer.Option(
+        "--mtp/--no-mtp",
+        help="Whether the model has its layers for multi-token prediction, where it was trained "
+        "with them.",
+        show_default=False,
+    ),
+]
 ShardSize = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Largest safetensors file.")
 ]
@@ -186,6 +195,7 @@ def to_options(
     format_name: str | None,
     adapter: str | None,
     task: str | None,
+    mtp: bool,
 ) -> Options:
     path, scale = (None, None) if adapter is None else _adapter(adapter)
     return Options(
@@ -201,6 +211,7 @@ def to_options(
         weights=weights,
         adapter=path,
         adapter_scale=scale,
+        mtp=mtp,
     )
 
 

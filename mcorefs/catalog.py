@@ -20,8 +20,8 @@ apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys), transformer/multi_to
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from mcorefs.index import StoredTensor
 from mcorefs.names import expert_of, is_of_adapter, of_base, of_mtp, unwrapped
@@ -54,6 +54,14 @@ class Catalog:
     adapter: Mapping[str, View] = field(default_factory=dict)
     """What a LoRA adapter adds, named alike: ...linear_qkv.lora_A.default.weight. What all experts
     of a layer share goes by ...experts.*.linear_fc1....; the rows of linear_fc1 are as stored."""
+
+    def without(self, is_left_out: Callable[[str], bool]) -> Catalog:
+        """Of what is not left out by its canonical name."""
+        tensors, adapter = (
+            {name: view for name, view in named.items() if not is_left_out(name)}
+            for named in (self.tensors, self.adapter)
+        )
+        return replace(self, tensors=tensors, adapter=adapter)
 
 
 def build(

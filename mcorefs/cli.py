@@ -36,6 +36,7 @@ from mcorefs.arguments import (
     TokenizerPath,
     VocabSize,
     WhichWeights,
+    WithMtp,
     to_options,
 )
 from mcorefs.console import err, out, progress, remarks, say
@@ -76,6 +77,7 @@ def mount(
     dtype: Dtype = None,
     weights: WhichWeights = "model",
     adapter: Adapter = None,
+    mtp: WithMtp = True,
     shard_size: ShardSize = "50GB",
     cache_size: CacheSize = None,
     foreground: Annotated[
@@ -133,6 +135,7 @@ def mount(
         format_name,
         adapter,
         task,
+        mtp,
     )
     options = replace(
         options,
@@ -214,6 +217,7 @@ def materialize(
     dtype: Dtype = None,
     weights: WhichWeights = "model",
     adapter: Adapter = None,
+    mtp: WithMtp = True,
     shard_size: ShardSize = "50GB",
     threads: Annotated[
         int | None,
@@ -248,6 +252,7 @@ def materialize(
         format_name,
         adapter,
         task,
+        mtp,
     )
     options = replace(options, shard_size=shard_size, max_read_rate=max_read_rate)
     opened = open_tree(ckpt, options)
@@ -292,6 +297,7 @@ def inspect(
     vocab_size: VocabSize = None,
     weights: WhichWeights = "model",
     adapter: Adapter = None,
+    mtp: WithMtp = True,
 ) -> None:
     """Say what CKPT is and whether it is whole: format, iterations, layout, family, missing shards.
 
@@ -311,6 +317,7 @@ def inspect(
         format_name,
         adapter,
         task,
+        mtp,
     )
     found = look(ckpt, options)
     if as_json:
@@ -345,6 +352,7 @@ def verify(
     dtype: Dtype = None,
     weights: WhichWeights = "model",
     adapter: Adapter = None,
+    mtp: WithMtp = True,
 ) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
@@ -370,6 +378,7 @@ def verify(
         format_name,
         adapter,
         task,
+        mtp,
     )
     sound = True
     if deep or hf_dir is not None:

@@ -10,6 +10,7 @@ from typing import get_args
 
 from mcorefs import adapters, catalog, interleaving
 from mcorefs.adapters import Adapter, Saved, Terms
+from mcorefs.catalog import Catalog
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.formats import HUGGINGFACE, Checkpoint, WeightsFrom
@@ -23,6 +24,7 @@ from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
+from mcorefs.names import is_of_mtp
 from mcorefs.remote import is_url, parse_path
 from mcorefs.sources import Adapted, read_sources
 from mcorefs.trainers import Companions
@@ -57,6 +59,8 @@ class Options:
     """A checkpoint that holds a LoRA adapter, to be merged into the weights."""
     adapter_scale: float | None = None
     """What B @ A is multiplied with; None: alpha / r, as in training."""
+    mtp: bool = True
+    """Whether layers for multi-token prediction are part of the model."""
     shard_size: int | str = "50GB"
     """Largest safetensors file; default as transformers 5."""
     cache_bytes: int | None = None
@@ -112,6 +116,7 @@ def load_at(location: Location, options: Options) -> Model:
     checkpoint, beside = sources.checkpoint, sources.companions
     reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)
+    canonical, beside, left_out = _with_mtp(options.mtp, canonical, beside)
     refused = f"{location.path} cannot be presented as a Hugging Face model:"
     if not canonical.tensors:
         raise MappingError(refused, canonical.problems)
@@ -126,7 +131,7 @@ def load_at(location: Location, options: Options) -> Model:
     facts, said, problems = gather(trained, beside.args, reference, options.vocab_size, task)
     choice = choose(trained, facts, options.family, reference, beside.model_type)
     choice = replace(choice, family=for_task(choice.family, task, facts, reference.config))
-    remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *said]
+    remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *left_out, *said]
     remarks += _on_values(choice.family, facts, dtype)
     if sources.adapted is not None:
         trained, faults = _merged(adapter, trained, facts, sources.adapted, options)
@@ -176,6 +181,18 @@ def load_at(location: Location, options: Options) -> Model:
         tuple(remarks),
         sources.adapted,
     )
+
+
+def _with_mtp(
+    wanted: bool, canonical: Catalog, beside: Companions
+) -> tuple[Catalog, Companions, list[str]]:
+    """Both without multi-token prediction unless it is `wanted`, and a remark on what that is."""
+    if wanted:
+        return canonical, beside, []
+    count = sum(map(is_of_mtp, canonical.tensors))
+    args = {name: value for name, value in beside.args.items() if not name.startswith("mtp_")}
+    said = [f"left out: {count} tensors for multi-token prediction (--no-mtp)"] if count else []
+    return canonical.without(is_of_mtp), replace(beside, args=args), said
 
 
 def _merged(

@@ -59,6 +59,11 @@ def of_mtp(name: str) -> str:
     return _MTP_LAYER.sub(r"\1transformer_layer.", name)
 
 
+def is_of_mtp(name: str) -> bool:
+    """Whether `name`, from the root of the model, is of a layer for multi-token prediction."""
+    return name.startswith("mtp.")
+
+
 def expert_of(name: str) -> Expert | None:
     """Whose parameter `name` is, where a module has each expert's under a name of its own.
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import safe_open
 
+import mcorefs
 from mcorefs import catalog
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
@@ -25,11 +30,12 @@ from tests.test_plan import unread
 
 AT = "decoder.layers.{}.self_attention."
 LATENT, DIRECT = "deepseek_v3-tp2-mtp", "deepseek_v3-moonlight-tp2"
+PREDICTS_APART = "qwen3_next-tp2-ep2-mtp"
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> Mapping[str, Fixture]:
-    return ensure([LATENT, DIRECT, "deepseek_v3-ep2-two-mtp"])
+    return ensure([LATENT, DIRECT, PREDICTS_APART, "deepseek_v3-ep2-two-mtp"])
 
 
 def canonical(fixture: Fixture) -> dict[str, View]:
@@ -291,6 +297,48 @@ def test_layers_for_prediction_are_as_many_as_arguments_say(
 def test_one_layer_may_predict_repeatedly(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
     root = with_args(fixtures[LATENT], tmp_path, mtp_num_layers=3, mtp_use_repeated_layer=True)
     assert load(root, Options()).config["num_nextn_predict_layers"] == 1
+
+
+@pytest.mark.parametrize("name", [LATENT, PREDICTS_APART])
+def test_layers_for_prediction_are_left_out(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    config = json.loads((fixture.hf / "config.json").read_bytes())
+    behind = f"model.layers.{config['num_hidden_layers']}."
+    vocabulary = fixture.spec.vocab_size
+    with (
+        mcorefs.open(fixture.root, mtp=False, vocab_size=vocabulary) as checkpoint,
+        contextlib.ExitStack() as files,
+    ):
+        real = [
+            files.enter_context(safe_open(path, "pt"))
+            for path in sorted(fixture.hf.glob("*.safetensors"))
+        ]
+        kept = {
+            key: file
+            for file in real
+            for key in file.keys()  # noqa: SIM118 - not a mapping
+            if not key.startswith((behind, "mtp."))
+        }
+        assert set(checkpoint.keys()) == set(kept)
+        assert sum(len(file.keys()) for file in real) > len(kept)
+        for key, file in kept.items():
+            tensor = checkpoint.get_tensor(key)
+            assert isinstance(tensor, torch.Tensor)
+            assert torch.equal(tensor, file.get_tensor(key))
+        assert checkpoint.config["num_nextn_predict_layers"] == 0
+        (remark,) = (one for one in checkpoint.remarks if one.startswith("left out"))
+        assert remark.endswith("tensors for multi-token prediction (--no-mtp)")
+
+
+def test_what_has_no_place_for_prediction_says_how_to_leave_it_out(
+    fixtures: Mapping[str, Fixture],
+) -> None:
+    problems = refusal(fixtures[LATENT].root, Options(family="llama"))
+    told = [problem for problem in problems if "(--no-mtp leaves it out)" in problem]
+    assert told
+    assert all("holds mtp." in problem for problem in told)
 
 
 def test_a_layer_for_prediction_that_is_missing(fixtures: Mapping[str, Fixture]) -> None:

@@ -75,7 +75,7 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         if (other := _other(facts)) is not None:
             raise MappingError(f"it is {other}, which is not supported yet", [])
         close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
-        raise _undecided("no supported model family fits", weighed, close)
+        raise _undecided("no supported model family fits", weighed, close, facts)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
     fitting.sort(key=lambda family: (family.named_only, len(doubted[family.name])))
     best, *others = fitting
@@ -84,7 +84,7 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     if not facts.args:
         rivals = [rival for rival in rivals if not rival.named_only]
     if rivals or best.named_only:
-        raise _undecided("several model families fit", doubted, doubted)
+        raise _undecided("several model families fit", doubted, doubted, facts)
     return Choice(
         best,
         (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
@@ -114,13 +114,18 @@ def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:
 
 
 def _undecided(
-    which: str, weighed: Mapping[str, Sequence[str]], doubted: Mapping[str, Sequence[str]]
+    which: str,
+    weighed: Mapping[str, Sequence[str]],
+    doubted: Mapping[str, Sequence[str]],
+    facts: Facts,
 ) -> MappingError:
     """What is `weighed` is told; of what is equally near, the less `doubted` comes first."""
+    hint = " --no-mtp leaves out its multi-token prediction." if facts.dims.get("mtp") else ""
     nearest = sorted(weighed, key=lambda name: (len(weighed[name]), len(doubted[name])))[:5]
     return MappingError(
         f"{which} the tensors of this checkpoint. If you know which it is, pass --family NAME or "
-        "--hf-config DIR (the model it was trained from). Nearest, with what speaks against each:",
+        f"--hf-config DIR (the model it was trained from).{hint} Nearest, with what speaks against "
+        "each:",
         [f"{name}: {'; '.join(weighed[name]) or 'fits'}" for name in nearest],
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
 from mcorefs.mapping.family import Facts, Family, Rule, is_in, kind
+from mcorefs.names import is_of_mtp
 from mcorefs.views import Stack, View, to
 
 
@@ -190,9 +191,10 @@ class _Problems:
 
     def unused(self, names: Iterable[str]) -> None:
         for name in sorted(names, key=natural_key):
+            hint = " (--no-mtp leaves it out)" if is_of_mtp(name) else ""
             self.add(
                 f"unused {kind(name)}",
-                f"the checkpoint holds {name}, which this family has no place for",
+                f"the checkpoint holds {name}, which this family has no place for{hint}",
             )
 
     def __iter__(self) -> Iterator[str]:

@@ -45,7 +45,7 @@ def halves_in_known_order(facts: Facts) -> str | None:
         return None
     return (
         "slime trained it, which swaps the halves of mtp.layers.0.eh_proj of a Qwen3-Next, or does "
-        "not, and nothing tells which: train or convert it without --mtp-num-layers"
+        "not, and nothing tells which: --no-mtp serves the model without it"
     )
 
 
