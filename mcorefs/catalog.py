@@ -8,11 +8,13 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     mtp.layers.{i}.transformer_layer.mlp.linear_fc1.weight   [2F, H]: no layer axis, ever
     decoder.layers.{l}.self_attention.in_proj.weight.joined  query, key, value, z, beta, alpha
     decoder.layers.{l}.self_attention.conv1d.weight.joined   query, key, value
+    decoder.layers.{l}.mixer.in_proj.weight.joined           z, x, B, C, dt
+    decoder.layers.{l}.mixer.conv1d.{weight,bias}.joined     x, B, C
 
-(megatron-core stores the last two in sections; `in_proj.weight` itself has rows in another order.)
+(megatron-core stores the last four in sections; `in_proj.weight` itself has rows in another order.)
 Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
-`experts.experts`), ssm/gated_delta_net.py (sections), transformer/mlp.py
+`experts.experts`), ssm/gated_delta_net.py and ssm/mamba_mixer.py (sections), transformer/mlp.py
 apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys), transformer/multi_token_prediction.py
 (what is around the layer inside).
 """
@@ -35,10 +37,15 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expe
 
 _EXPERTS = ".mlp.experts.experts."
 _SECTIONS = {
-    "in_proj": ("query", "key", "value", "z", "beta", "alpha"),
-    "conv1d": ("query", "key", "value"),
+    "self_attention.in_proj": ("query", "key", "value", "z", "beta", "alpha"),
+    "self_attention.conv1d": ("query", "key", "value"),
+    "mixer.in_proj": ("z", "x", "B", "C", "dt"),
+    "mixer.conv1d": ("x", "B", "C"),
 }
-_SECTION = re.compile(r"(.*\.(in_proj|conv1d)\.weight)\.(query|key|value|z|beta|alpha)$")
+_SECTION = re.compile(
+    rf"(.*\.({'|'.join(map(re.escape, _SECTIONS))})\.(?:weight|bias))"
+    rf"\.({'|'.join(sorted({part for parts in _SECTIONS.values() for part in parts}))})$"
+)
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
 
 
@@ -162,7 +169,7 @@ def _joined_halves(
 def _joined_sections(
     tensors: Iterator[tuple[str, View]], problems: list[str]
 ) -> Iterator[tuple[str, View]]:
-    """The sections of a gated delta net's linear layers, one above the other."""
+    """The sections of the layers of gated delta nets and of Mamba, one above the other."""
     found: dict[tuple[str, str], dict[str, View]] = {}
     for name, view in tensors:
         if match := _SECTION.match(name):

@@ -17,7 +17,8 @@ import pytest
 from mcorefs.mount import mounted
 from tests.checkpoints import Fixture, ensure
 
-NAMES = ("qwen3-tp2-pp2-tied", "qwen3_moe-tp2-pp2-ep2", "qwen3_moe-mixed-pp2")
+HYBRIDS = ("nemotron_h-moe-tp2-ep2", "torch-nemotron_h-moe-tp2-pp2-ep2")
+NAMES = ("qwen3-tp2-pp2-tied", "qwen3_moe-tp2-pp2-ep2", "qwen3_moe-mixed-pp2", *HYBRIDS)
 
 LOAD = """
 import sys, torch
@@ -91,6 +92,7 @@ def run(*command: object, **environment: str) -> None:
         ("qwen3_moe-tp2-pp2-ep2", "libfuse2", "mcorefs"),
         ("qwen3_moe-mixed-pp2", "libfuse3", "hf-mount"),  # transformers then reads, without mmap
         ("qwen3-tp2-pp2-tied", "libfuse3", "mcorefs"),
+        *((name, "libfuse3", "mcorefs") for name in HYBRIDS),
     ],
 )
 def test_from_pretrained(

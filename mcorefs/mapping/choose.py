@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mcorefs.errors import MappingError
 from mcorefs.mapping.families import FAMILIES
+from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.plan import against, doubts
 from mcorefs.mapping.reference import Reference
@@ -18,11 +19,13 @@ _OTHERS: Mapping[str, str] = {
     r"cross_attention\.": "a T5: an encoder and a decoder",
     r"(?:binary_head|pooler|embedding\.tokentype_embeddings)\.": "a BERT: an encoder",
     r"(?:.*\.)?(?:vision_model|vision_projection|visual)\.": "a vision-language model",
-    r"(?:.*\.)?mixer\.": "a hybrid of Mamba layers and attention",
+    r"mamba_mixer\.": "a Falcon-H1: attention and Mamba side by side in each layer",
 }
 """What else Megatron trains, by the beginning of a tensor's name (in its layer, if it is in one):
 Megatron-LM:megatron/core/models/{T5/t5_model,bert/bert_model,multimodal/llava_model}.py and
-megatron/core/ssm/mamba_layer.py."""
+Megatron-Bridge:src/megatron/bridge/models/falcon_h1/modeling_falconh1/falconh1_layer.py."""
+_HYBRID = re.compile(r"(?:.*\.)?mixer\.")
+"""The beginning of a name in a Mamba layer (Megatron-LM:megatron/core/ssm/mamba_layer.py)."""
 _IN_LAYER = re.compile(r"(?:encoder|decoder)\.layers\.\*\.")
 
 
@@ -74,6 +77,12 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     if not fitting:
         if (other := _other(facts)) is not None:
             raise MappingError(f"it is {other}, which is not supported yet", [])
+        if any(_HYBRID.match(name) for name in _in_layers(facts)):
+            raise MappingError(
+                f"it is a hybrid of Mamba layers and others, of which only {NEMOTRON_H.name} is "
+                "supported yet; what speaks against that:",
+                weighed[NEMOTRON_H.name],
+            )
         close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
         raise _undecided("no supported model family fits", weighed, close, facts)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
@@ -93,9 +102,14 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
 
 def _other(facts: Facts) -> str | None:
     """What it is, if it is of a kind that no family here is of."""
-    names = [_IN_LAYER.sub("", kind) for kind in sorted(facts.kinds)]
+    names = _in_layers(facts)
     found = (what for begin, what in _OTHERS.items() if any(re.match(begin, n) for n in names))
     return next(found, None)
+
+
+def _in_layers(facts: Facts) -> list[str]:
+    """The kinds of tensors, by their names in a layer where they are in one."""
+    return [_IN_LAYER.sub("", kind) for kind in sorted(facts.kinds)]
 
 
 def _evidence(weighed: Mapping[str, Sequence[str]]) -> Iterator[str]:

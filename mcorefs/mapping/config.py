@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mcorefs.mapping.family import REQUIRED, Facts, Family, Key, Proven, Soft
+from mcorefs.mapping.family import LEFT_OUT, REQUIRED, Facts, Family, Key, Proven, Soft
 from mcorefs.mapping.reference import Reference
 
 NOT_COPIED = ("auto_map", "quantization_config", "transformers_version", "_name_or_path")
@@ -35,7 +35,7 @@ def synthesise(
     for name, found in settled.items():
         for alias in family.config[name].aliases:
             config.pop(alias, None)
-        if not found.problem:
+        if not found.problem and found.value is not LEFT_OUT:
             config[name] = found.value
     _add_rope_parameters(config)
     config["torch_dtype"] = config["dtype"] = dtype
@@ -66,7 +66,11 @@ class _Settled:
 def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled:
     """The value of one key, from what the checkpoint and the reference say."""
     stated = _stated(reference.config, (name, *key.aliases))
+    if stated is not None:
+        stated = key.read(stated)
     found = key.value(facts)
+    if found is LEFT_OUT:
+        return _Settled(LEFT_OUT if stated is None else stated)
     if found is None:
         if stated is not None:
             return _Settled(stated)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from mcorefs.mapping import latent
+from mcorefs.mapping import latent, mamba
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
@@ -21,6 +21,7 @@ MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _ROUTER = ".mlp.router.weight"
+_MODULE = re.compile(r"decoder\.layers\.(\d+)\.(mixer|self_attention|mlp)\.")
 _LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.A_log$")
 
 MLPS = {"ffn": "mlp", "moe_ffn": "mlp.experts.0", "shared_ffn": "mlp.shared_experts"}
@@ -38,6 +39,8 @@ CLAIMS: Mapping[str, tuple[str, ...]] = {
     "padded_vocab": ("padded_vocab_size",),
     "positions": ("max_position_embeddings",),
     **latent.CLAIMS,
+    **mamba.CLAIMS,
+    "moe_latent": ("moe_latent_size",),
     "linear_key_dim": ("linear_key_head_dim",),
     "linear_value_heads": ("linear_num_value_heads",),
     "linear_value_dim": ("linear_value_head_dim",),
@@ -78,10 +81,12 @@ def gather(
     dims |= latent.latent_sizes(first, args, problems)
     dims |= latent.indexer_sizes(first)
     _delta_net(dims, first, args, reference, problems)
+    dims |= mamba.mamba_sizes(first, args, reference, problems)
     _mtp(dims, tensors, args, problems)
     dims |= _mlps(first)
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]
+    _moe_latent(dims, first)
     _check_claims(dims, args, problems)
     dtype = tensors[EMBEDDING].dtype.torch if EMBEDDING in tensors else "bfloat16"
     tied = OUTPUT not in tensors
@@ -104,7 +109,8 @@ def gather(
     linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
     kinds = frozenset(map(kind, tensors))
     moe_layers = _moe_layers(tensors, dims)
-    return Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers), remarks, problems
+    facts = Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers, _modules(tensors))
+    return facts, remarks, problems
 
 
 def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
@@ -124,6 +130,25 @@ def _moe_layers(tensors: Mapping[str, View], dims: Mapping[str, int]) -> frozens
     decoder = {int(m[1]) for name in routers if (m := _LAYER.match(name))}
     behind = {dims["layers"] + int(m[1]) for name in routers if (m := _MTP_LAYER.match(name))}
     return frozenset(decoder | behind)
+
+
+def _modules(tensors: Mapping[str, View]) -> dict[str, frozenset[int]]:
+    """`Facts.modules`."""
+    found: dict[str, set[int]] = {"mixer": set(), "self_attention": set(), "mlp": set()}
+    for name in tensors:
+        if match := _MODULE.match(name):
+            found[match[2]].add(int(match[1]))
+    return {module: frozenset(layers) for module, layers in found.items()}
+
+
+def _moe_latent(dims: dict[str, int], first: Mapping[str, View]) -> None:
+    """moe_latent, and moe_hidden: what experts are given, a latent or the hidden states
+    (Megatron-LM:megatron/core/transformer/moe/moe_layer.py)."""
+    down = first.get("mlp.fc1_latent_proj.weight")
+    if down is not None and down.shape:
+        dims["moe_latent"] = down.shape[0]
+    if "hidden" in dims:
+        dims["moe_hidden"] = dims.get("moe_latent", dims["hidden"])
 
 
 def _mtp(

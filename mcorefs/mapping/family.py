@@ -31,8 +31,8 @@ class Facts:
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
     gate_up (two of it), experts, moe_ffn, moe_gate_up (two of it), shared_ffn, positions, vocab
     (rows kept), padded_vocab (rows stored), labels; mtp, the number of layers for multi-token
-    prediction; those of latent attention and of indexers (`latent`). Absent where the model
-    has no such."""
+    prediction; those of latent attention and of indexers (`latent`), of Mamba (`mamba`) and of
+    experts with a latent. Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -45,6 +45,8 @@ class Facts:
     """The `kind` of every canonical tensor."""
     linear_layers: frozenset[int] = frozenset()
     """Layers whose attention is linear: gated delta nets."""
+    modules: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """The layers that have a mixer (Mamba), self_attention or an mlp (experts, too)."""
 
     @property
     def mtp_layers(self) -> range:
@@ -73,6 +75,10 @@ def is_in(rule: Rule, layer: int, facts: Facts) -> bool:
             return (layer in facts.moe_layers) == (rule.layers == "moe")
         case "full" | "linear":
             return (layer in facts.linear_layers) == (rule.layers == "linear")
+        case "mixer" | "self_attention":
+            return layer in facts.modules.get(rule.layers, frozenset())
+        case "mlp":
+            return layer in facts.modules.get("mlp", frozenset()) - facts.moe_layers
         case _:
             return True
 
@@ -98,8 +104,11 @@ class Rule:
     shape: tuple[str | int, ...]
     """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
-    layers: Literal["all", "dense", "moe", "full", "linear"] = "all"
-    """Those without and with experts; those of full and of linear attention."""
+    layers: Literal["all", "dense", "moe", "full", "linear", "mixer", "self_attention", "mlp"] = (
+        "all"
+    )
+    """Those without and with experts; those of full and of linear attention; of hybrids, whose
+    layers are one of these each, those with a Mamba mixer, attention, an MLP without experts."""
     when: str = ""
     """The tensors exist only in models that hold canonical tensors of this kind (* for numbers)."""
     keeps_dtype: bool = False
@@ -140,6 +149,13 @@ Check = Callable[[Facts], str | None]
 
 REQUIRED = object()
 """No sensible default: the checkpoint or --hf-config must say."""
+LEFT_OUT = object()
+"""As a value: the key is none of this model's."""
+
+
+def as_stated(value: object) -> object:
+    """What a reference config says, as it says it."""
+    return value
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,8 @@ class Key:
     """Used, and named at mount time, where neither the checkpoint nor a reference says."""
     aliases: tuple[str, ...] = ()
     """Other names of the key in reference configs."""
+    read: Callable[[object], object] = as_stated
+    """What a reference says, in the words of `value`, where it may say it in others."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +193,8 @@ class Family:
     named_only: bool = False
     """Its tensors and arguments could be another family's, or nobody's: it is chosen only if the
     user, a reference or the trainer names it."""
+    only_words: bool = False
+    """transformers has no class of it for other tasks."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

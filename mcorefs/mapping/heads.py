@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, get_args
 
+from mcorefs.errors import MappingError
 from mcorefs.mapping.blocks.model import HEAD
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, Family, Key, Proven, Soft, whole
@@ -51,9 +52,15 @@ def task_of(tensors: Mapping[str, View], stated: str | None) -> tuple[Task, list
 
 
 def for_task(family: Family, task: Task, facts: Facts, reference: Mapping[str, object]) -> Family:
-    """`family` with the head that `task` has; `reference`: a config.json of the model."""
+    """`family` with the head that `task` has; `reference`: a config.json of the model.
+
+    Raises MappingError where transformers has no such class."""
     if task == "causal_lm":
         return family
+    if family.only_words:
+        raise MappingError(
+            f"transformers has {family.architecture}, but no class of that family for {task}", []
+        )
     stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     body = tuple(rule for rule in family.rules if rule.source != OUTPUT)
     config = {**family.config, "tie_word_embeddings": Key(_tied, default=False)}

@@ -99,13 +99,15 @@ def build_model(spec: Spec) -> PreTrainedModel:
     model.tie_weights()
     generator = torch.Generator().manual_seed(spec.seed)
     for name, parameter in model.named_parameters():
-        if spec.fp32_router and name.endswith(".mlp.gate.weight"):
+        if spec.fp32_router and name.endswith((".mlp.gate.weight", ".mixer.gate.weight")):
             parameter.data = parameter.data.float()
         with torch.no_grad():
             if name.endswith(FAMILIES[spec.family].zeros):
                 parameter.data = torch.zeros(parameter.shape)
             elif parameter.dim() == 1 and name.endswith(".weight"):  # of a norm
                 parameter.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith(".mixer.dt_bias"):  # of steps between 0.0002 and 1
+                parameter.uniform_(-8.5, 0.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.05, generator=generator)
     saved = model.state_dict()

@@ -51,6 +51,13 @@ def build_models(spec: Spec) -> list[GPTModel]:
     """This rank's model, or one per virtual pipeline stage."""
     args = {**model_args(spec), **FAMILIES[spec.family].built(spec)}
     config = _config(spec, args)
+    if spec.pattern is not None:
+        from .mamba import build_hybrid  # which megatron-core 0.15 has not
+
+        hybrid = build_hybrid(spec, args, config)
+        _add_stand_ins(spec, args, hybrid)
+        _set_dtypes(spec, hybrid)
+        return [hybrid]
     stages = [None] if spec.vpp is None else list(range(spec.vpp))
     return [_build_stage(spec, args, config, stage) for stage in stages]
 

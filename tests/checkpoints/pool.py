@@ -30,6 +30,7 @@ GENERATOR_FILES = (
     "fsdp_writer.py",
     "hf.py",
     "lora.py",
+    "mamba.py",
     "megatron_model.py",
     "megatron_writer.py",
     "optimizers.py",

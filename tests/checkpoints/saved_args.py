@@ -68,8 +68,8 @@ def _architecture(spec: Spec) -> dict[str, Any]:
         "window_attn_skip_freq": None,
         "mtp_num_layers": spec.mtp or None,
         "spec": None,
-        "hybrid_override_pattern": None,
-        "is_hybrid_model": False,
+        "hybrid_override_pattern": spec.pattern,
+        "is_hybrid_model": spec.pattern is not None,
     }
 
 
@@ -113,7 +113,7 @@ def _experts(spec: Spec) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.001 if spec.is_moe else 0.0,
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": spec.is_moe,
-        "moe_latent_size": None,
+        "moe_latent_size": spec.moe_latent,
         "moe_mlp_glu_interleave_size": spec.glu_block,
     }
 

@@ -116,6 +116,10 @@ class Spec:
     """How many keys the indexer of sparse latent attention leaves each query; 0: there is none."""
     mtp: int = 0
     """Layers for multi-token prediction."""
+    pattern: str | None = None
+    """Of a hybrid, what each layer is: Mamba (M), attention (*), an MLP (-) or experts (E)."""
+    moe_latent: int | None = None
+    """Width that experts are given and make, if it is not that of the hidden states."""
     seed: int = 20
 
     # The save.
@@ -172,6 +176,8 @@ class Spec:
             raise ValueError(f"world {self.world} is not a multiple of ep*etp*pp = {expert_ranks}")
         if self.moe_layer_freq is not None and len(self.moe_layer_freq) != self.layers:
             raise ValueError("moe_layer_freq needs one entry per layer")
+        if self.pattern is not None and len(self.pattern) != self.layers:
+            raise ValueError("pattern needs one letter per layer")
 
     @property
     def world(self) -> int:
@@ -211,6 +217,8 @@ class Spec:
         return "release" if self.iteration == "release" else f"iter_{self.iteration:07d}"
 
     def has_experts(self, layer: int) -> bool:
+        if self.pattern is not None:
+            return self.pattern[layer] == "E"
         return self.is_moe and (self.moe_layer_freq is None or self.moe_layer_freq[layer] == 1)
 
     def parameters(self) -> int:

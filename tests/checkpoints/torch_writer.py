@@ -127,6 +127,7 @@ def te_name(name: str, state: StateDict) -> str:
         ("input_layernorm.", "self_attention.linear_qkv."),
         ("input_layernorm.", "self_attention.in_proj."),
         ("pre_mlp_layernorm.", "mlp.linear_fc1."),
+        ("norm.", "mixer.in_proj."),
         ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj."),
         ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj."),
     ):

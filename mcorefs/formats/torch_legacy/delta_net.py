@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 
-_A_LOG = ".A_log"
+_A_LOG = ".self_attention.A_log"
 
 
 def divided(parts: Mapping[str, Part], problems: list[str]) -> dict[str, Part]:
@@ -19,7 +19,7 @@ def divided(parts: Mapping[str, Part], problems: list[str]) -> dict[str, Part]:
     found = dict(parts)
     for name in parts:
         if name.endswith(_A_LOG):
-            module = name.removesuffix(_A_LOG)
+            module = name.removesuffix(".A_log")
             for whole, sections in _sections(module, parts, problems):
                 at, part = 0, found.pop(whole)
                 for section, rows in sections.items():
@@ -39,7 +39,7 @@ def _sections(
     if not all(name in parts and len(parts[name].shape) > 1 for name in names):
         return  # not megatron-core's module
     (rows, *_), (mixed, *_), (_, values, *_) = (parts[name].shape for name in names)
-    heads = parts[module + _A_LOG].shape[0] if parts[module + _A_LOG].shape else 0
+    heads = parts[module + ".A_log"].shape[0] if parts[module + ".A_log"].shape else 0
     keys, rest = divmod(mixed - values, 2)
     if rest or keys < 1 or rows != mixed + values + 2 * heads:
         problems.append(

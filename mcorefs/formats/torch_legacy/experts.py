@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mcorefs.formats.torch_legacy.delta_net import divided
+from mcorefs.formats.torch_legacy import delta_net, mamba
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 from mcorefs.names import Expert, expert_of
 
@@ -28,7 +28,8 @@ def experts_of(
 ) -> tuple[dict[str, Part], dict[Expert, Part]]:
     """(all that is no expert's, all that is an expert's) of what a rank holds, of `ep` ranks.
 
-    Experts have the numbers that they have on the rank; gated delta nets are divided.
+    Experts have the numbers that they have on the rank; gated delta nets and Mamba mixers are
+    divided.
     """
     dense: dict[str, Part] = {}
     experts: dict[Expert, Part] = {}
@@ -51,7 +52,7 @@ def experts_of(
                 experts[match[1], number, f"linear_fc{match[2]}.weight"] = stack.select(number)
         else:
             dense[name] = part
-    return divided(dense, problems), experts
+    return mamba.divided(delta_net.divided(dense, problems), problems), experts
 
 
 def _untransposed(which: str, part: Part, count: int) -> Part | None:

@@ -6,7 +6,8 @@ along axis 0, row parallel ones along axis 1, whose bias every rank holds whole)
 transformer/mlp.py (each rank's gated linear_fc1 is its gate rows, then its up rows),
 transformer/multi_latent_attention.py (down projections: cut, or the same on every rank),
 transformer/dot_product_attention.py (softmax_offset), transformer/multi_token_prediction.py,
-transformer/experimental_attention_variant/dsa.py (indexers are the same on every rank).
+transformer/experimental_attention_variant/dsa.py (indexers are the same on every rank),
+ssm/mamba_mixer.py (all but the norm before it), transformer/moe/moe_layer.py (latent projections).
 """
 
 from __future__ import annotations
@@ -99,15 +100,21 @@ _CUTS = {
     "router.global_tokens_per_expert": Cut.WHOLE,
     "router.ga_steps": Cut.WHOLE,
     "shared_experts.gate_weight": Cut.WHOLE,
+    "fc1_latent_proj.weight": Cut.WHOLE,
+    "fc2_latent_proj.weight": Cut.WHOLE,
     "eh_proj.weight": Cut.ROWS,
     **dict.fromkeys(
         (f"weight.{part}" for part in ("query", "key", "value", "z", "beta", "alpha")), Cut.ROWS
     ),
-    "self_attention.A_log": Cut.ROWS,
-    "self_attention.dt_bias": Cut.ROWS,
+    **dict.fromkeys((f"weight.{part}" for part in ("x", "B", "C", "dt")), Cut.ROWS),
+    **dict.fromkeys((f"bias.{part}" for part in ("x", "B", "C")), Cut.ROWS),
+    **dict.fromkeys((f"self_attention.{name}" for name in ("A_log", "dt_bias")), Cut.ROWS),
+    **dict.fromkeys((f"mixer.{name}" for name in ("A_log", "D", "dt_bias")), Cut.ROWS),
     "out_proj.weight": Cut.COLUMNS,
 }
 """By the last two words of a name; norms are known by their name."""
+_CUT_NORM = ".mixer.norm.weight"
+"""Mamba norms heads in groups, of which each rank has its share."""
 
 
 def how_cut(
@@ -121,6 +128,8 @@ def how_cut(
     """
     module, _, parameter = name.rpartition(".")
     key = f"{module.rpartition('.')[2]}.{parameter}"
+    if ranks > 1 and name.endswith(_CUT_NORM):
+        return Cut.ROWS, None
     if ranks == 1 or "norm" in key:
         return Cut.WHOLE, None
     if key in ("linear_fc1.weight", "linear_fc1.bias"):

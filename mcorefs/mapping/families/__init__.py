@@ -19,6 +19,7 @@ from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
 from mcorefs.mapping.families.nemotron import NEMOTRON
+from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
 from mcorefs.mapping.families.olmoe import OLMOE
 from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen2 import QWEN2
@@ -47,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     MISTRAL,
     MIXTRAL,
     NEMOTRON,
+    NEMOTRON_H,
     OLMOE,
     PHI3,
     QWEN2,

@@ -24,6 +24,7 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .nemotron import NEMOTRON
+from .nemotron_h import NEMOTRON_H
 from .olmoe import OLMOE
 from .phi3 import PHI3
 from .qwen2 import QWEN2
@@ -52,6 +53,7 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "nemotron": NEMOTRON,
+    "nemotron_h": NEMOTRON_H,
     "olmoe": OLMOE,
     "phi3": PHI3,
     "qwen2": QWEN2,
