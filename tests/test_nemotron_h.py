@@ -217,6 +217,11 @@ def test_a_layer_of_two_modules_is_refused(tensors: dict[str, View]) -> None:
     assert any(p.startswith("layers [3] are not one of a Mamba mixer, attention") for p in problems)
 
 
+def test_a_layer_with_an_absurd_number_is_told(tensors: dict[str, View]) -> None:
+    tensors["decoder.layers.99999.mixer.D"] = tensors[AT + "D"]
+    assert any("a tensor is named after layer 99999" in p for p in problems_of(tensors))
+
+
 def test_without_attention_transformers_cannot_run(tensors: dict[str, View]) -> None:
     kept = {n: v for n, v in tensors.items() if not n.startswith("decoder.layers.6.")}
     moved = {n.replace("layers.7.", "layers.6."): v for n, v in kept.items()}

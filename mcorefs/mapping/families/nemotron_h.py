@@ -103,7 +103,7 @@ def _letters(facts: Facts) -> list[str]:
     (Megatron-LM:megatron/core/ssm/mamba_hybrid_layer_allocation.py)."""
     found = [""] * facts.dims["layers"]
     for module, letter in (("mixer", "M"), ("self_attention", "*"), ("mlp", "-")):
-        for layer in facts.modules.get(module, ()):
+        for layer in facts.modules.get(module, frozenset()) & set(range(len(found))):
             found[layer] += "E" if letter == "-" and layer in facts.moe_layers else letter
     return found
 

@@ -174,6 +174,10 @@ NEMOTRON_H = Family(
             format="torch", tp=4, vocab_divisible_by=32, seed=308
         ),
         "torch-nemotron_h-moe": _MOE.but(format="torch", seed=309),
+        "fsdp-nemotron_h-moe-dp2-ep2": _MOE.but(
+            format="fsdp_dtensor", dp=2, ep=2, main_weights=True, seed=310
+        ),
+        "dcp-nemotron_h-dp2": _NEMOTRON_H.but(format="torch_dcp", dp=2, names="te", seed=311),
     },
     config=_config,
     arguments=_arguments,
