@@ -88,6 +88,16 @@ ONLY_IN_ENGINES = (
     "first_k_dense_replace",
     "num_nextn_predict_layers",
     "mtp_num_hidden_layers",
+    "rotary_dim",
+    "use_routing_bias",
+    "use_qk_norm",
+    "qk_norm_type",
+    "use_mtp",
+    "num_mtp_modules",
+    "moe_router_use_sigmoid",
+    "moe_router_enable_expert_bias",
+    "qk_norm",
+    "route_norm",
 )
 
 # -- without a reference: all from the checkpoint -------------------------------------------------
@@ -395,6 +405,9 @@ def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
     [
         ("ernie4_5-tp2", "rotary_interleaved", False),
         ("ernie4_5_moe-tp2-ep2", "rotary_interleaved", False),
+        ("minimax_m2-tp2-ep2", "moe_router_score_function", "softmax"),
+        ("minimax_m2-tp2-ep2", "moe_router_topk_scaling_factor", 2.5),
+        ("minimax_m2-tp2-ep2", "moe_router_num_groups", 4),
         ("ernie4_5_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
         ("ernie4_5_moe-tp2-ep2", "moe_router_pre_softmax", True),
         ("glm4-tp2", "rotary_interleaved", False),
@@ -482,6 +495,8 @@ def test_references_of_either_age_agree(
         ("ernie4_5-tp2", "use_bias", True),
         ("ernie4_5_moe-tp2-ep2", "moe_num_shared_experts", 1),
         ("ernie4_5_moe-tp2-ep2", "moe_k", 6),
+        ("minimax_m2-tp2-ep2", "rotary_dim", 16),
+        ("minimax_m2-tp2-ep2", "num_experts_per_tok", 8),
         ("ernie4_5_moe-tp2-ep2", "use_bias", True),
         ("gemma2-tp2-pp2", "attn_logit_softcapping", 30.0),
         ("gemma2-tp2-pp2", "layer_types", ["full_attention"] * 4),

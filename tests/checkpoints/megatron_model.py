@@ -18,6 +18,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -35,16 +36,39 @@ from .stand_ins import (
 from .te_linear import TELinear
 
 
-class NormOfAllHeads(torch.nn.RMSNorm):
-    """In place of a norm of each head, as megatron-core builds and calls it. Megatron-Bridge's
-    OLMoESelfAttention computes the same (src/megatron/bridge/models/olmoe/olmoe_provider.py): with
-    as many key heads as query heads, and without tensor parallelism."""
+class NormOfAllQueries(torch.nn.RMSNorm):
+    """In place of a norm of each head, as megatron-core builds and calls it; each tensor-parallel
+    rank has its share of the weights. Megatron-Bridge's modules compute the same:
+    src/megatron/bridge/models/minimax_m2/minimax_m2_provider.py _FullDimRMSNorm, and, without
+    tensor parallelism, olmoe/olmoe_provider.py OLMoESelfAttention."""
 
     def __init__(self, hidden_size: int, config: TransformerConfig, eps: float) -> None:
-        super().__init__(hidden_size * config.num_attention_heads, eps=eps)
+        self.whole = hidden_size * self.heads(config)
+        super().__init__(self.whole // config.tensor_model_parallel_size, eps=eps)
+
+    @staticmethod
+    def heads(config: TransformerConfig) -> int:
+        return int(config.num_attention_heads)
 
     def forward(self, heads: Tensor) -> Tensor:
-        return super().forward(heads.flatten(-2)).view_as(heads)
+        rows = heads.flatten(-2)
+        squares = rows.float().square().sum(-1, keepdim=True)
+        group = parallel_state.get_tensor_model_parallel_group()
+        torch.distributed.all_reduce(squares, group=group)
+        normed = rows.float() * torch.rsqrt(squares / self.whole + (self.eps or 0.0))
+        return (normed.to(rows.dtype) * self.weight).view_as(heads)
+
+    def sharded_state_dict(self, prefix: str, sharded_offsets: Any, metadata: Any) -> Any:
+        state = self.state_dict(keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
+
+
+class NormOfAllKeys(NormOfAllQueries):
+    """Likewise."""
+
+    @staticmethod
+    def heads(config: TransformerConfig) -> int:
+        return int(config.num_query_groups)
 
 
 def build_models(spec: Spec) -> list[GPTModel]:
@@ -133,7 +157,7 @@ def _block_spec(
         if spec.kv_lora and not spec.index_topk:
             attention.core_attention = LatentCore
         if FAMILIES[spec.family].norms_whole_projections:
-            attention.q_layernorm = attention.k_layernorm = NormOfAllHeads
+            attention.q_layernorm, attention.k_layernorm = NormOfAllQueries, NormOfAllKeys
     if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
         from .delta_net import with_delta_nets  # which megatron-core 0.15 has not
 

@@ -166,8 +166,9 @@ class _Reader:
                 return self._whole(hf)
             case Norm(hf):
                 return self._norm(hf)
-            case HeadNorm(hf):
-                return self._heads(self._norm(hf))
+            case HeadNorm(hf, cut):
+                heads = self._heads(self._norm(hf))
+                return heads.chunk(self.size)[self.rank] if cut else heads
             case Rows(hf, transposed):
                 return self._part(hf, 0, transposed)
             case Columns(hf, transposed):

@@ -6,7 +6,7 @@ Formulas: Megatron-LM:megatron/core/transformer/mlp.py (gate and up), moe/router
 from __future__ import annotations
 
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
-from mcorefs.mapping.family import Facts, Rule
+from mcorefs.mapping.family import Block, Facts, Rule, whole
 from mcorefs.views import Narrow, View
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -72,11 +72,18 @@ def router(hf: str, sorts_as: str = "") -> Rule:
     )
 
 
-def expert_bias(hf: str) -> Rule:
+def expert_bias(hf: str, sorts_as: str = "") -> Rule:
     """What a router of sigmoids adds to choose experts, but not to weigh them: fp32 on both sides,
-    on both sides a buffer."""
-    source = MLAYER + "mlp.router.expert_bias"
-    return Rule(LAYER + hf, source, ("experts",), layers="moe", keeps_dtype=True, is_buffer=True)
+    on both sides a buffer. `sorts_as`: as of `router`."""
+    return Rule(
+        LAYER + hf,
+        MLAYER + "mlp.router.expert_bias",
+        ("experts",),
+        layers="moe",
+        keeps_dtype=True,
+        is_buffer=True,
+        sorts_as=LAYER + sorts_as if sorts_as else "",
+    )
 
 
 def gated_experts(
@@ -100,18 +107,23 @@ def gated_experts(
     )
 
 
-def shared_experts(hf: str) -> tuple[Rule, ...]:
+def shared_experts(hf: str, sorts_as: str = "") -> tuple[Rule, ...]:
     """The expert that every token goes to, or the several that Megatron holds as one, under `hf`
-    (Megatron-LM:megatron/core/transformer/moe/shared_experts.py)."""
+    (Megatron-LM:megatron/core/transformer/moe/shared_experts.py). `sorts_as`: as of `router`."""
     at, wide, tall = (
         MLAYER + "mlp.shared_experts.",
         ("shared_ffn", "hidden"),
         ("hidden", "shared_ffn"),
     )
+
+    def rule(name: str, source: str, shape: tuple[str, str], block: Block = whole) -> Rule:
+        memory = f"{LAYER}{sorts_as}{name}.weight" if sorts_as else ""
+        return Rule(f"{LAYER}{hf}{name}.weight", at + source, shape, block, "moe", sorts_as=memory)
+
     return (
-        Rule(LAYER + hf + "gate_proj.weight", at + "linear_fc1.weight", wide, gate, "moe"),
-        Rule(LAYER + hf + "up_proj.weight", at + "linear_fc1.weight", wide, up, "moe"),
-        Rule(LAYER + hf + "down_proj.weight", at + "linear_fc2.weight", tall, layers="moe"),
+        rule("gate_proj", "linear_fc1.weight", wide, gate),
+        rule("up_proj", "linear_fc1.weight", wide, up),
+        rule("down_proj", "linear_fc2.weight", tall),
     )
 
 

@@ -119,6 +119,25 @@ SIGMOID_REQUIRES: Mapping[str, tuple[object, ...]] = {
 }
 
 
+FREE_SIGMOID_REQUIRES: Mapping[str, tuple[object, ...]] = {
+    **SIGMOID_REQUIRES,
+    "moe_router_num_groups": (),
+    "moe_router_group_topk": (),
+}
+"""Likewise, free to choose among all experts."""
+
+
+def several_experts(facts: Facts) -> str | None:
+    """Check: a token goes to more than one expert. transformers' weights of those chosen always sum
+    to one; Megatron takes the score of a single one as it is."""
+    if facts.arg("moe_router_topk") != 1:
+        return None
+    return (
+        "with moe_router_topk=1 Megatron weighs an expert by its score, transformers not at all: "
+        "its output would differ"
+    )
+
+
 def best_two_of_each_group(facts: Facts) -> str | None:
     """Check: groups of experts are chosen by the sum of their two best scores.
 

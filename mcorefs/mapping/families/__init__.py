@@ -16,6 +16,7 @@ from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
 from mcorefs.mapping.families.llama import LLAMA
+from mcorefs.mapping.families.minimax_m2 import MINIMAX_M2
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
 from mcorefs.mapping.families.nemotron import NEMOTRON
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT2,
     GPT_OSS,
     LLAMA,
+    MINIMAX_M2,
     MISTRAL,
     MIXTRAL,
     NEMOTRON,

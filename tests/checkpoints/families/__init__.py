@@ -21,6 +21,7 @@ from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
 from .llama import LLAMA
+from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
 from .nemotron import NEMOTRON
@@ -50,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
     "llama": LLAMA,
+    "minimax_m2": MINIMAX_M2,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "nemotron": NEMOTRON,

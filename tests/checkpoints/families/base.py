@@ -37,9 +37,11 @@ class Norm:
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """The weight of a norm of each query or key head."""
+    """The weight of a norm of each query or key head, or of all of them."""
 
     hf: str
+    cut: bool = False
+    """Each tensor-parallel rank has its share of the heads."""
 
 
 @dataclass(frozen=True)
