@@ -362,6 +362,14 @@ def test_what_only_a_name_tells_from_llama_is_served_as_llama() -> None:
     assert any("phi3: only its name" in problem for problem in caught.value.problems)
 
 
+def test_hy_v3_without_its_name_is_served_as_glm4_moe() -> None:
+    """And computes the same."""
+    model = load(ensure(["hy_v3-tp2-ep2"])["hy_v3-tp2-ep2"].root, Options())
+    assert model.choice.family.name == "glm4_moe"
+    told = "not hy_v3: only its name tells it apart (--family, --hf-config)"
+    assert told in model.choice.evidence
+
+
 def test_norms_of_minimax_m2_have_names_of_their_own_in_ms_swift() -> None:
     tensors = canonical(ensure(["minimax_m2-tp2-ep2"])["minimax_m2-tp2-ep2"])
     swift = {re.sub(r"\.([qk])_layernorm\.", r".\1_norm.", name): v for name, v in tensors.items()}

@@ -15,6 +15,7 @@ from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
+from mcorefs.mapping.families.hy_v3 import HY_V3
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.minimax_m2 import MINIMAX_M2
 from mcorefs.mapping.families.mistral import MISTRAL
@@ -45,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
     GLM4_MOE_LITE,
     GPT2,
     GPT_OSS,
+    HY_V3,
     LLAMA,
     MINIMAX_M2,
     MISTRAL,

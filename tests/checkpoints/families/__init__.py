@@ -20,6 +20,7 @@ from .glm4_moe import GLM4_MOE
 from .glm4_moe_lite import GLM4_MOE_LITE
 from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
+from .hy_v3 import HY_V3
 from .llama import LLAMA
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
@@ -50,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe_lite": GLM4_MOE_LITE,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
+    "hy_v3": HY_V3,
     "llama": LLAMA,
     "minimax_m2": MINIMAX_M2,
     "mistral": MISTRAL,
@@ -67,7 +69,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": QWEN3_NEXT,
 }
 
-_MUST_BE_NAMED = ("ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "phi3")
+_MUST_BE_NAMED = ("ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "hy_v3", "phi3")
 """Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 
