@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -158,6 +159,8 @@ def _block_spec(
             attention.core_attention = LatentCore
         if FAMILIES[spec.family].norms_whole_projections:
             attention.q_layernorm, attention.k_layernorm = NormOfAllQueries, NormOfAllKeys
+        if FAMILIES[spec.family].norms_only_outputs:
+            layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     if getattr(config, "experimental_attention_variant", None) == "gated_delta_net":
         from .delta_net import with_delta_nets  # which megatron-core 0.15 has not
 

@@ -139,6 +139,22 @@ def window(facts: Facts) -> Soft | None:
     return None
 
 
+def attention_kinds(facts: Facts) -> list[str]:
+    """Of each layer: whether it has a window (Megatron-LM:megatron/core/transformer/utils.py
+    is_layer_window_attention)."""
+    layers = facts.dims["layers"]
+    skipped = facts.arg("window_attn_skip_freq")
+    if not facts.arg("window_size"):
+        slides = [False] * layers
+    elif isinstance(skipped, list | tuple):
+        slides = [bool(one) for one in skipped]
+    elif isinstance(skipped, int):
+        slides = [layer % skipped != 0 for layer in range(1, layers + 1)]
+    else:
+        slides = [True] * layers
+    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+
+
 SLIDING_WINDOW = Key(lambda facts: window(facts) or (Soft(None) if facts.args else None), None)
 """The window of a model whose layers all have the same."""
 

@@ -7,6 +7,7 @@ from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
 from mcorefs.mapping.families.deepseek_v32 import DEEPSEEK_V32
 from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
+from mcorefs.mapping.families.exaone4 import EXAONE4
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
@@ -38,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V32,
     ERNIE4_5,
     ERNIE4_5_MOE,
+    EXAONE4,
     GEMMA,
     GEMMA2,
     GEMMA3_TEXT,

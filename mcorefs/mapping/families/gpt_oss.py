@@ -17,6 +17,7 @@ from mcorefs.mapping.blocks.keys import (
     GQA_KEYS,
     SLIDING_WINDOW,
     arg,
+    attention_kinds,
     constant,
     decoder_requires,
     dim,
@@ -38,18 +39,10 @@ def _alternating(view: View, facts: Facts) -> View:
 
 
 def _layer_types(facts: Facts) -> object | None:
-    """Megatron-LM:megatron/core/transformer/utils.py is_layer_window_attention."""
-    layers, window = facts.dims["layers"], facts.arg("window_size")
-    skipped = facts.arg("window_attn_skip_freq")
-    if not window:
-        return Soft(["full_attention"] * layers) if facts.args else None
-    if isinstance(skipped, list | tuple):
-        slides = [bool(one) for one in skipped]
-    elif isinstance(skipped, int):
-        slides = [layer % skipped != 0 for layer in range(1, layers + 1)]
-    else:
-        slides = [True] * layers
-    return ["sliding_attention" if slide else "full_attention" for slide in slides]
+    kinds = attention_kinds(facts)
+    if not facts.arg("window_size"):
+        return Soft(kinds) if facts.args else None
+    return kinds
 
 
 _EXPERTS, _EXPERT = LAYER + "mlp.experts.", MLAYER + "mlp.experts.{expert}."

@@ -12,6 +12,7 @@ from .deepseek_v3 import DEEPSEEK_V3
 from .deepseek_v32 import DEEPSEEK_V32
 from .ernie4_5 import ERNIE4_5
 from .ernie4_5_moe import ERNIE4_5_MOE
+from .exaone4 import EXAONE4
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v32": DEEPSEEK_V32,
     "ernie4_5": ERNIE4_5,
     "ernie4_5_moe": ERNIE4_5_MOE,
+    "exaone4": EXAONE4,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,

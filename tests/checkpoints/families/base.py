@@ -309,6 +309,8 @@ class Family:
     """Layers for multi-token prediction are under mtp, not behind the decoder's."""
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
+    norms_only_outputs: bool = False
+    """There are norms of what attention and MLP put out, and none of what they take in."""
     zeros: tuple[str, ...] = ()
     """Ends of the names of what transformers' model has in fp32, and Megatron's has not: zeros."""
     built: Callable[[Spec], Values] = no_arguments
