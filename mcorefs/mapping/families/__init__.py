@@ -5,6 +5,7 @@ from __future__ import annotations
 from mcorefs.mapping.families.deepseek_v2 import DEEPSEEK_V2
 from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
 from mcorefs.mapping.families.deepseek_v32 import DEEPSEEK_V32
+from mcorefs.mapping.families.dots1 import DOTS1
 from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
 from mcorefs.mapping.families.exaone4 import EXAONE4
@@ -37,6 +38,7 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V32,
+    DOTS1,
     ERNIE4_5,
     ERNIE4_5_MOE,
     EXAONE4,

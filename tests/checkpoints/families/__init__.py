@@ -10,6 +10,7 @@ from .base import Family
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
 from .deepseek_v32 import DEEPSEEK_V32
+from .dots1 import DOTS1
 from .ernie4_5 import ERNIE4_5
 from .ernie4_5_moe import ERNIE4_5_MOE
 from .exaone4 import EXAONE4
@@ -42,6 +43,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": DEEPSEEK_V32,
+    "dots1": DOTS1,
     "ernie4_5": ERNIE4_5,
     "ernie4_5_moe": ERNIE4_5_MOE,
     "exaone4": EXAONE4,
@@ -71,7 +73,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": QWEN3_NEXT,
 }
 
-_MUST_BE_NAMED = ("ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "hy_v3", "phi3")
+_MUST_BE_NAMED = ("dots1", "ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "hy_v3", "phi3")
 """Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 
