@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +22,7 @@ from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
-from mcorefs.mapping.reference import NO_REFERENCE, Reference, read_reference
+from mcorefs.mapping.reference import NO_REFERENCE, Reference, own_code, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find
 from mcorefs.names import is_of_mtp
 from mcorefs.remote import is_url, parse_path
@@ -88,6 +88,8 @@ class Model:
     """What the user should know: what was assumed, cut, kept or not found."""
     adapted: Adapted | None = None
     """The LoRA adapter that is merged into the weights, if any."""
+    code: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of Python that the model comes with, where transformers has no class of it."""
 
     @property
     def architecture(self) -> str:
@@ -161,6 +163,10 @@ def load_at(location: Location, options: Options) -> Model:
         )
         remarks += said
         problems += faults
+    code: Mapping[str, bytes] = {}
+    if choice.family.has_own_code:
+        code, said = own_code(reference)
+        remarks += said
     if options.require_tokenizer and not tokenizer.found:
         problems.append(f"--require-tokenizer: none found in {tokenizer.source}")
     if problems:
@@ -180,6 +186,7 @@ def load_at(location: Location, options: Options) -> Model:
         tokenizer,
         tuple(remarks),
         sources.adapted,
+        code,
     )
 
 

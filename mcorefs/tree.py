@@ -103,7 +103,7 @@ def build(
         "config.json": BytesFile(dump(source.config)),
         "generation_config.json": BytesFile(source.generation_config),
     }
-    for name, data in source.tokenizer.files.items():
+    for name, data in {**source.code, **source.tokenizer.files}.items():
         files[name] = BytesFile(data)
     for name, layout in layouts.items():
         files[name] = SafetensorsFile(layout, reader)

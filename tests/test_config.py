@@ -58,6 +58,9 @@ def attributes(directory: Path) -> dict[str, Any]:
     """What transformers knows of the config in `directory`."""
     from transformers import AutoConfig
 
+    from tests.checkpoints import own_code
+
+    own_code.register()
     found: dict[str, Any] = AutoConfig.from_pretrained(directory).to_dict()
     ours = ("transformers_version", "_name_or_path")
     return {name: value for name, value in found.items() if name not in ours}
@@ -205,6 +208,9 @@ def test_the_model_computes_the_same_logits(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
+    from tests.checkpoints import own_code
+
+    own_code.register()
     fixture = fixtures[name]
     family = family_to_name(fixture.spec)
     loaded = load(fixture.root, Options(vocab_size=fixture.spec.vocab_size, family=family))
@@ -231,6 +237,31 @@ def test_the_model_computes_the_same_logits(
             config.pop("rope_parameters", None)
             (tmp_path / "config.json").write_text(json.dumps(config))
             assert not torch.equal(logits(tmp_path), expected), key
+
+
+def test_code_of_its_own_is_served_where_a_reference_has_it(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """And neither read nor run."""
+    fixture = fixtures["mimo-tp2"]
+    alone = load(fixture.root, Options(family="mimo"))
+    assert "auto_map" not in alone.config
+    assert said(alone, "transformers has no code of its own for this model")
+    named = {
+        "AutoConfig": "configuration_mimo.MiMoConfig",
+        "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
+        "AutoTokenizer": ["../../secret.Tokenizer", None, "else/where--tokenization.Tokenizer"],
+    }
+    given = reference(fixture, tmp_path, auto_map=named)
+    (given / "modeling_mimo.py").write_bytes(b"raise SystemExit\n")
+    (given / "setup.py").write_bytes(b"raise SystemExit\n")
+    model = load(fixture.root, Options(hf_config=given))
+    assert model.choice.family.name == "mimo"
+    assert model.config["auto_map"] == named
+    assert said(model, "auto_map names configuration_mimo.py, which is not beside --hf-config")
+    tree, _ = build(model, "50GB", 1 << 20)
+    code = {name: read_all(file) for name, file in tree.files.items() if name.endswith(".py")}
+    assert code == {"modeling_mimo.py": b"raise SystemExit\n"}
 
 
 def test_what_is_assumed_is_said(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
@@ -502,6 +533,7 @@ def test_references_of_either_age_agree(
         ("ernie4_5-tp2", "use_bias", True),
         ("ernie4_5_moe-tp2-ep2", "moe_num_shared_experts", 1),
         ("ernie4_5_moe-tp2-ep2", "moe_k", 6),
+        ("mimo-tp2", "attention_bias", False),
         ("minimax_m2-tp2-ep2", "rotary_dim", 16),
         ("minimax_m2-tp2-ep2", "num_experts_per_tok", 8),
         ("hy_v3-tp2-ep2", "router_scaling_factor", 1.0),

@@ -31,6 +31,8 @@ def synthesise(
     """(config.json, remarks on what was assumed or overruled, problems)."""
     config = {name: value for name, value in reference.config.items() if name not in NOT_COPIED}
     config["architectures"], config["model_type"] = [family.architecture], family.name
+    if family.has_own_code and "auto_map" in reference.config:
+        config["auto_map"] = reference.config["auto_map"]
     settled = {name: _settle(name, key, facts, reference) for name, key in family.config.items()}
     for name, found in settled.items():
         for alias in family.config[name].aliases:

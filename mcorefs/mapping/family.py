@@ -195,6 +195,9 @@ class Family:
     user, a reference or the trainer names it."""
     only_words: bool = False
     """transformers has no class of it for other tasks."""
+    has_own_code: bool = False
+    """transformers has no class of it: code comes with the model. config.json names it, and it is
+    served, as a reference has it."""
     natural_order: bool = False
     """Whether save_pretrained writes the tensors sorted by name (models whose parameters it
     converts: transformers/core_model_loading.py revert_weight_conversion) or in module order."""

@@ -158,7 +158,10 @@ def _sort_key(family: Family, rule: Rule, name: str, place: _Place, position: in
     if "{layer}" in rule.hf:
         return ((1, place.layer), position, place.expert)
     in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
-    return ((0 if position < in_layers else 2, 0), position, 0)
+    if "{mtp}" in rule.hf:  # one layer after the other
+        first = next(i for i, other in enumerate(family.rules) if "{mtp}" in other.hf)
+        return ((2, 0), first, place.mtp, position)
+    return ((0 if position < in_layers else 2, 0), position, 0, 0)
 
 
 def _storage(rule: Rule, place: _Place) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -48,6 +49,35 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
         )
     directory = given if given.is_dir() else given.parent
     return Reference(_hub_rope(cast(dict[str, object], config)), where, directory)
+
+
+def own_code(reference: Reference) -> tuple[dict[str, bytes], list[str]]:
+    """(the files of Python beside the reference that its auto_map names, remarks on what is not
+    there). They are served as they are; nothing here runs them."""
+    named = reference.config.get("auto_map")
+    if not isinstance(named, dict) or reference.directory is None:
+        return {}, [
+            "transformers has no code of its own for this model, and no reference names any: pass "
+            "--hf-config with the directory of the model it was trained from"
+        ]
+    modules = {m[1] for value in _texts(named) if (m := _MODULE.fullmatch(value))}
+    files = {f"{module}.py": reference.directory / f"{module}.py" for module in sorted(modules)}
+    missing = [name for name, path in files.items() if not path.is_file()]
+    remarks = [f"auto_map names {name}, which is not beside {reference.where}" for name in missing]
+    return {n: path.read_bytes() for n, path in files.items() if n not in missing}, remarks
+
+
+_MODULE = re.compile(r"(\w+)\.\w+")
+"""Of code beside the config: that of another repository has its name and -- before it."""
+
+
+def _texts(named: Mapping[object, object]) -> Iterator[str]:
+    for value in named.values():
+        yield from (
+            one
+            for one in (value if isinstance(value, list | tuple) else [value])
+            if isinstance(one, str)
+        )
 
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")

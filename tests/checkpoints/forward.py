@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
+from . import own_code
 from .families import FAMILIES
 from .megatron_model import build_models
 from .spec import Spec
@@ -54,7 +55,9 @@ def _predictions(
     spec: Spec, model: PreTrainedModel, tokens: Tensor, hidden: Tensor
 ) -> Iterator[Tensor]:
     """What transformers' layers for multi-token prediction make of each token and the next."""
-    if spec.mtp:
+    if spec.mtp and isinstance(model, own_code.MiMoForCausalLM):
+        yield from model.predictions(tokens, hidden)
+    elif spec.mtp:
         behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
         if not FAMILIES[spec.family].mtp_apart:
             model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
@@ -66,13 +69,13 @@ def _predictions(
         elif hasattr(model.config, "layer_types"):
             model.config.mtp_layer_types = ["full_attention"] * spec.mtp
         layers = MtpModel.from_pretrained(model)
-    if spec.mtp and spec.index_topk:
-        _let_indexers_draft(layers)
-    for number in range(spec.mtp):
-        tokens, hidden = tokens[:, 1:], hidden[:, :-1]
-        places = torch.arange(tokens.shape[1])[None]
-        hidden = layers.forward_layer(number, hidden, places, None, input_ids=tokens)
-        yield model.lm_head(hidden)
+        if spec.index_topk:
+            _let_indexers_draft(layers)
+        for number in range(spec.mtp):
+            tokens, hidden = tokens[:, 1:], hidden[:, :-1]
+            places = torch.arange(tokens.shape[1])[None]
+            hidden = layers.forward_layer(number, hidden, places, None, input_ids=tokens)
+            yield model.lm_head(hidden)
 
 
 def _let_indexers_draft(layers: MtpModel) -> None:

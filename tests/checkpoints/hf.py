@@ -19,9 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from . import own_code
 from .families import FAMILIES
 from .spec import Spec
 
+own_code.register()
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -39,7 +41,9 @@ _CORPUS = (
 
 def save_model(spec: Spec, directory: Path) -> None:
     options = {} if spec.hf_max_shard_size is None else {"max_shard_size": spec.hf_max_shard_size}
-    model = build_model(spec) if not spec.mtp else build_model_with_mtp(spec)
+    family = FAMILIES[spec.family]
+    has_place = not spec.mtp or (family.mtp_at and not family.mtp_apart)
+    model = build_model(spec) if has_place else build_model_with_mtp(spec)
     model.save_pretrained(directory, **options)
 
 

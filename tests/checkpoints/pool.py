@@ -34,6 +34,7 @@ GENERATOR_FILES = (
     "megatron_model.py",
     "megatron_writer.py",
     "optimizers.py",
+    "own_code.py",
     "saved_again.py",
     "saved_args.py",
     "sparse.py",

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .families import FAMILIES
 from .families.base import (
+    HF_LAYER,
     Columns,
     FusedGated,
     Gated,
@@ -185,10 +186,9 @@ class _Reader:
 
     def _name(self, hf: str) -> str:
         hf = hf.removeprefix("model.") if self.spec.bare else hf
-        if FAMILIES[self.spec.family].mtp_apart and self.layer.isdigit():
-            behind = int(self.layer) - self.spec.layers
-            if behind >= 0:
-                hf = hf.replace("model.layers.{layer}.", f"mtp.layers.{behind}.")
+        at = FAMILIES[self.spec.family].mtp_at
+        if at and self.layer and (number := int(self.layer) - self.spec.layers) >= 0:
+            hf = hf.replace(HF_LAYER, at.replace("{mtp}", str(number)))
         return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
 
     def _whole(self, hf: str) -> Tensor:

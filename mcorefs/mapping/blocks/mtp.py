@@ -33,8 +33,9 @@ def _kinds(when: str) -> str:
     return when.replace("decoder.layers.*.", "mtp.layers.*.transformer_layer.")
 
 
-def _inside(rule: Rule, at: str = LAYER) -> Rule:
-    """`rule` for the layer inside, whose Hugging Face tensors are `at` some place."""
+def inside(rule: Rule, at: str = LAYER) -> Rule:
+    """`rule` for the layer inside one for multi-token prediction, whose Hugging Face tensors are
+    `at` some place."""
     sources = tuple(source.replace(MLAYER, _INSIDE) for source in rule.sources)
     hf, sorts_as = (name.replace(LAYER, at) for name in (rule.hf, rule.sorts_as))
     return replace(
@@ -58,7 +59,7 @@ def mtp_behind(layer: Iterable[Rule]) -> tuple[Rule, ...]:
         Rule(
             LAYER + "eh_proj.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"
         ),
-        *map(_inside, layer),
+        *map(inside, layer),
         norm("shared_head.norm.weight", "final_layernorm.weight"),
         Rule(LAYER + "shared_head.head.weight", head, vocabulary, unpad, stack="mtp"),
     )
@@ -73,7 +74,7 @@ def mtp_apart(layer: Iterable[Rule]) -> tuple[Rule, ...]:
 
     return (
         Rule(_HF + "fc.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"),
-        *(_inside(rule, _HF + "layers.{mtp}.") for rule in layer),
+        *(inside(rule, _HF + "layers.{mtp}.") for rule in layer),
         norm("norm.weight", "final_layernorm.weight"),
         norm("pre_fc_norm_embedding.weight", "enorm.weight"),
         norm("pre_fc_norm_hidden.weight", "hnorm.weight"),

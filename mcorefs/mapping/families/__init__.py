@@ -19,6 +19,7 @@ from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
 from mcorefs.mapping.families.hy_v3 import HY_V3
 from mcorefs.mapping.families.llama import LLAMA
+from mcorefs.mapping.families.mimo import MIMO
 from mcorefs.mapping.families.minimax_m2 import MINIMAX_M2
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
@@ -52,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
     GPT_OSS,
     HY_V3,
     LLAMA,
+    MIMO,
     MINIMAX_M2,
     MISTRAL,
     MIXTRAL,

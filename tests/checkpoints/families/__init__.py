@@ -24,6 +24,7 @@ from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
 from .hy_v3 import HY_V3
 from .llama import LLAMA
+from .mimo import MIMO
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -57,6 +58,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": GPT_OSS,
     "hy_v3": HY_V3,
     "llama": LLAMA,
+    "mimo": MIMO,
     "minimax_m2": MINIMAX_M2,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
@@ -73,7 +75,16 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": QWEN3_NEXT,
 }
 
-_MUST_BE_NAMED = ("dots1", "ernie4_5", "ernie4_5_moe", "gemma", "glm4_moe_lite", "hy_v3", "phi3")
+_MUST_BE_NAMED = (
+    "dots1",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "gemma",
+    "glm4_moe_lite",
+    "hy_v3",
+    "mimo",
+    "phi3",
+)
 """Nothing in a checkpoint says that it is one of these, and nothing else."""
 
 

@@ -222,6 +222,7 @@ MTP_BEHIND: Mapping[str, Value] = {
 """{layer} counts on behind the decoder's. Names: the hub's index of deepseek-ai/DeepSeek-V3, and
 Megatron-Bridge:src/megatron/bridge/models/deepseek/common.py."""
 
+AT_MTP_APART = "mtp.layers.{mtp}."
 MTP_APART: Mapping[str, Value] = {
     MTP + "enorm.weight": Norm("mtp.pre_fc_norm_embedding.weight"),
     MTP + "hnorm.weight": Norm("mtp.pre_fc_norm_hidden.weight"),
@@ -305,12 +306,13 @@ class Family:
     arguments: Callable[[Spec], Values] = no_arguments
     """Megatron-LM's arguments for the model, where they differ from `saved_args`; the model that
     is saved is built from them too."""
-    mtp_apart: bool = False
-    """Layers for multi-token prediction are under mtp, not behind the decoder's."""
     norms_whole_projections: bool = False
     """Not each head has a norm, but all query heads together, and all key heads."""
     norms_only_outputs: bool = False
     """There are norms of what attention and MLP put out, and none of what they take in."""
+    mtp_at: str = ""
+    """Names of layers for multi-token prediction, with {mtp}, where they do not count on behind the
+    decoder's."""
     zeros: tuple[str, ...] = ()
     """Ends of the names of what transformers' model has in fp32, and Megatron's has not: zeros."""
     built: Callable[[Spec], Values] = no_arguments
@@ -318,3 +320,9 @@ class Family:
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
     """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers. The layer
     inside one for multi-token prediction is the decoder's next."""
+
+    @property
+    def mtp_apart(self) -> bool:
+        """transformers' class has no place for layers for multi-token prediction, and they do not
+        count on behind the decoder's."""
+        return self.mtp_at == AT_MTP_APART

@@ -4,7 +4,7 @@ text are those of rope: so are they computed here."""
 from __future__ import annotations
 
 from ..spec import Spec
-from .base import Family, Values
+from .base import AT_MTP_APART, Family, Values
 from .qwen3_5_text import APART
 from .qwen3_next import HYBRID, SHARED_EXPERT, hybrid_arguments, hybrid_config
 
@@ -54,6 +54,6 @@ QWEN3_5_MOE_TEXT = Family(
     config=_config,
     arguments=_arguments,
     built=_built,
-    mtp_apart=True,
+    mtp_at=AT_MTP_APART,
     parameters={**APART, **SHARED_EXPERT},
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Spec
-from .base import HF_LAYER, LAYER, MTP_APART, Family, Made, Place, Value, Values
+from .base import AT_MTP_APART, HF_LAYER, LAYER, MTP_APART, Family, Made, Place, Value, Values
 from .qwen3_next import (
     HYBRID,
     HYBRID_PARAMETERS,
@@ -60,6 +60,6 @@ QWEN3_5_TEXT = Family(
     },
     config=_config,
     arguments=hybrid_arguments,
-    mtp_apart=True,
+    mtp_at=AT_MTP_APART,
     parameters=APART,
 )

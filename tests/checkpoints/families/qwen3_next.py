@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spec import Spec
 from .base import (
+    AT_MTP_APART,
     DECODER,
     HF_LAYER,
     LAYER,
@@ -166,7 +167,7 @@ QWEN3_NEXT = Family(
     },
     config=_config,
     arguments=_arguments,
-    mtp_apart=True,
+    mtp_at=AT_MTP_APART,
     parameters={
         **HYBRID_PARAMETERS,
         **MTP_APART,
