@@ -101,6 +101,9 @@ ONLY_IN_ENGINES = (
     "moe_router_enable_expert_bias",
     "qk_norm",
     "route_norm",
+    "indexer_rope_interleave",
+    "index_topk_freq",
+    "index_skip_topk_offset",
 )
 
 # -- without a reference: all from the checkpoint -------------------------------------------------

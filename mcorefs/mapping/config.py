@@ -74,6 +74,11 @@ def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled
     if found is LEFT_OUT:
         return _Settled(LEFT_OUT if stated is None else stated)
     if found is None:
+        if stated is not None and key.only and stated not in key.only:
+            wanted = " or ".join(map(_show, key.only))
+            where = f"{_show(stated)} in {reference.where}"
+            problem = f"{name} is {where}, where the model computes with {wanted}"
+            return _Settled(stated, problem=problem)
         if stated is not None:
             return _Settled(stated)
         if key.default is REQUIRED:

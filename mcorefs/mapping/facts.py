@@ -20,7 +20,8 @@ POSITIONS = "embedding.position_embeddings.weight"
 MAX_LAYERS = 10_000
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
-_ROUTER = ".mlp.router.weight"
+_ROUTER = re.compile(r"\.mlp\.router\.weight$")
+_INDEXER = re.compile(r"self_attention\.(?:wk|core_attention\.indexer\.linear_wk)\.weight$")
 _MODULE = re.compile(r"decoder\.layers\.(\d+)\.(mixer|self_attention|mlp)\.")
 _LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.A_log$")
 
@@ -108,8 +109,10 @@ def gather(
         )
     linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
     kinds = frozenset(map(kind, tensors))
-    moe_layers = _moe_layers(tensors, dims)
-    facts = Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers, _modules(tensors))
+    moe_layers = _layers_with(_ROUTER, tensors, dims)
+    indexed = _layers_with(_INDEXER, tensors, dims)
+    modules = _modules(tensors)
+    facts = Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers, modules, indexed)
     return facts, remarks, problems
 
 
@@ -125,10 +128,13 @@ def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:
     return count
 
 
-def _moe_layers(tensors: Mapping[str, View], dims: Mapping[str, int]) -> frozenset[int]:
-    routers = [name for name in tensors if name.endswith(_ROUTER)]
-    decoder = {int(m[1]) for name in routers if (m := _LAYER.match(name))}
-    behind = {dims["layers"] + int(m[1]) for name in routers if (m := _MTP_LAYER.match(name))}
+def _layers_with(
+    end: re.Pattern[str], tensors: Mapping[str, View], dims: Mapping[str, int]
+) -> frozenset[int]:
+    """Layers with a tensor whose name ends so; those for multi-token prediction count on."""
+    found = [name for name in tensors if end.search(name)]
+    decoder = {int(m[1]) for name in found if (m := _LAYER.match(name))}
+    behind = {dims["layers"] + int(m[1]) for name in found if (m := _MTP_LAYER.match(name))}
     return frozenset(decoder | behind)
 
 
@@ -165,7 +171,7 @@ def _mtp(
     if found:
         dims["mtp"], dims["mtp_columns"] = len(found), 2 * dims.get("hidden", 0)
     said = _int(args.get("mtp_num_layers")) or 0
-    if said != len(found) and not args.get("mtp_use_repeated_layer"):
+    if args and said != len(found) and not args.get("mtp_use_repeated_layer"):
         problems.append(
             f"mtp_num_layers is {said} in the training arguments but the checkpoint holds "
             f"{len(found)} layers for multi-token prediction"

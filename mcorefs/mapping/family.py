@@ -47,6 +47,8 @@ class Facts:
     """Layers whose attention is linear: gated delta nets."""
     modules: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The layers that have a mixer (Mamba), self_attention or an mlp (experts, too)."""
+    indexed_layers: frozenset[int] = frozenset()
+    """Layers that have an indexer of their own; numbered as `moe_layers`."""
 
     @property
     def mtp_layers(self) -> range:
@@ -79,6 +81,8 @@ def is_in(rule: Rule, layer: int, facts: Facts) -> bool:
             return layer in facts.modules.get(rule.layers, frozenset())
         case "mlp":
             return layer in facts.modules.get("mlp", frozenset()) - facts.moe_layers
+        case "indexed":
+            return layer in facts.indexed_layers
         case _:
             return True
 
@@ -104,11 +108,11 @@ class Rule:
     shape: tuple[str | int, ...]
     """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
-    layers: Literal["all", "dense", "moe", "full", "linear", "mixer", "self_attention", "mlp"] = (
-        "all"
-    )
-    """Those without and with experts; those of full and of linear attention; of hybrids, whose
-    layers are one of these each, those with a Mamba mixer, attention, an MLP without experts."""
+    layers: Literal[
+        "all", "dense", "moe", "full", "linear", "indexed", "mixer", "self_attention", "mlp"
+    ] = "all"
+    """Those without and with experts; of full and of linear attention; with an indexer; of hybrids,
+    whose layers are one of these each, with a Mamba mixer, attention, an MLP without experts."""
     when: str = ""
     """The tensors exist only in models that hold canonical tensors of this kind (* for numbers)."""
     keeps_dtype: bool = False
@@ -171,6 +175,8 @@ class Key:
     """Other names of the key in reference configs."""
     read: Callable[[object], object] = as_stated
     """What a reference says, in the words of `value`, where it may say it in others."""
+    only: tuple[object, ...] = ()
+    """What alone a reference may say where the checkpoint does not; empty: anything."""
 
 
 @dataclass(frozen=True)

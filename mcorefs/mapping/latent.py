@@ -69,17 +69,19 @@ def latent_sizes(
     return {**found, **sizes, "heads": heads, "kv_lora": kv_lora}
 
 
-def indexer_sizes(layer: Mapping[str, View]) -> dict[str, int]:
-    """index_heads, index_dim and index_rows (of linear_wq_b) of sparse attention; empty without.
+INDEXERS = ("self_attention.core_attention.indexer.linear_", "self_attention.")
+"""Where the projections of an indexer may be, up to their names: megatron-core's, and slime's."""
 
-    linear_wk has a row per element of a head, linear_weights_proj one per head
+
+def indexer_sizes(layer: Mapping[str, View]) -> dict[str, int]:
+    """index_heads, index_dim and index_rows (of wq_b) of sparse attention; empty without.
+
+    wk has a row per element of a head, weights_proj one per head
     (Megatron-LM:megatron/core/transformer/experimental_attention_variant/dsa.py).
     """
-    at = "self_attention.core_attention.indexer."
-    keys, weights = (
-        layer.get(f"{at}{name}.weight") for name in ("linear_wk", "linear_weights_proj")
-    )
-    if keys is None or weights is None or not keys.shape or not weights.shape:
-        return {}
-    dim, heads = keys.shape[0], weights.shape[0]
-    return {"index_dim": dim, "index_heads": heads, "index_rows": heads * dim}
+    for at in INDEXERS:
+        keys, weights = (layer.get(f"{at}{name}.weight") for name in ("wk", "weights_proj"))
+        if keys is not None and weights is not None and keys.shape and weights.shape:
+            dim, heads = keys.shape[0], weights.shape[0]
+            return {"index_dim": dim, "index_heads": heads, "index_rows": heads * dim}
+    return {}

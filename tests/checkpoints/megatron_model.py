@@ -168,8 +168,7 @@ def _block_spec(
     if spec.index_topk:
         from .sparse import with_indexers  # likewise
 
-        interleaved = args["dsa_indexer_rope_interleaved"]
-        block.layer_specs = with_indexers(block.layer_specs, interleaved)
+        block.layer_specs = with_indexers(spec, args, block.layer_specs, first)
     return block
 
 

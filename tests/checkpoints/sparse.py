@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch import Tensor, nn
 
+from .spec import Spec
 from .te_linear import TELinear
 
 
@@ -41,9 +42,16 @@ class _Linear(TELinear):
 
 
 class _Indexer(dsa.DSAIndexer):  # type: ignore[misc]
+    chosen: tuple[Tensor, Tensor]
+    """By the last indexer that there was."""
+
     def __init__(self, *args: Any, interleaved: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.interleaved = interleaved
+
+    def forward_with_scores(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        _Indexer.chosen = super().forward_with_scores(*args, **kwargs)
+        return _Indexer.chosen
 
     def _apply_rope(self, x: Tensor, rotary_pos_emb: Tensor, mscale: float) -> Tensor:
         size = self.qk_pos_emb_head_dim
@@ -57,24 +65,71 @@ class _Indexer(dsa.DSAIndexer):  # type: ignore[misc]
         return torch.cat([rotated, x[..., size:]], dim=-1)
 
 
-def with_indexers(layers: list[ModuleSpec], interleaved: bool) -> list[ModuleSpec]:
-    """`layers` with sparse attention, as get_dsa_module_spec_for_backend has it."""
+class _SlimesIndexer(_Indexer):
+    """slime:slime_plugins/models/glm5/glm5.py rotates as megatron-core 0.16.1 does: neighbours, in
+    the last part of each head."""
+
+    def _apply_rope(self, x: Tensor, rotary_pos_emb: Tensor, mscale: float) -> Tensor:
+        rotated: Tensor = dsa.DSAIndexer._apply_rope(self, x, rotary_pos_emb, mscale)
+        return rotated
+
+
+class _SharedChoice(nn.Module):
+    """In place of an indexer, what the one before chose (since megatron-core 0.19)."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward_with_scores(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return _Indexer.chosen
+
+
+SLIMES_NAMES = {
+    **{
+        f"self_attention.core_attention.indexer.{name}.": f"self_attention.{hf}."
+        for name, hf in (
+            ("linear_wq_b", "wq_b"),
+            ("linear_wk", "wk"),
+            ("k_norm", "k_norm"),
+            ("linear_weights_proj", "weights_proj"),
+        )
+    },
+    **{
+        f"self_attention.{latent}_layernorm.": f"self_attention.linear_{latent}_up_proj.layer_norm_"
+        for latent in ("q", "kv")
+    },
+}
+"""Its norms of latents are part of the linear layers behind, as in any latent attention."""
+
+
+def with_indexers(
+    spec: Spec, args: dict[str, Any], layers: list[ModuleSpec], first: int
+) -> list[ModuleSpec]:
+    """`layers`, from number `first` on, with sparse attention, as get_dsa_module_spec_for_backend
+    has it."""
     dsa.rotate_activation = _rotate_activation
-    indexer = ModuleSpec(
-        module=_Indexer,
-        params={"interleaved": interleaved},
-        submodules=dsa.DSAIndexerSubmodules(
-            linear_wq_b=_Linear,
-            linear_wk=_Linear,
-            k_norm=WrappedTorchNorm,
-            linear_weights_proj=_Linear,
-        ),
+    submodules = dsa.DSAIndexerSubmodules(
+        linear_wq_b=_Linear, linear_wk=_Linear, k_norm=WrappedTorchNorm, linear_weights_proj=_Linear
     )
+    indexer = ModuleSpec(
+        module=_SlimesIndexer if spec.slime_indexers else _Indexer,
+        params={"interleaved": args["dsa_indexer_rope_interleaved"]},
+        submodules=submodules,
+    )
+    shared = ModuleSpec(module=_SharedChoice)
+    names = SLIMES_NAMES if spec.slime_indexers else {}
+    return [
+        _with_indexer(layer, shared if number % spec.index_every else indexer, names)
+        for number, layer in enumerate(layers, first)
+    ]
+
+
+def _with_indexer(layer: ModuleSpec, indexer: ModuleSpec, names: dict[str, str]) -> ModuleSpec:
     core = ModuleSpec(module=dsa.DSAttention, submodules=dsa.DSAttentionSubmodules(indexer=indexer))
-    return [_with_core(layer, core) for layer in layers]
-
-
-def _with_core(layer: ModuleSpec, core: ModuleSpec) -> ModuleSpec:
     attention = layer.submodules.self_attention
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
-    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
+    names = {**layer.submodules.sharded_state_dict_keys_map, **names}
+    submodules = replace(
+        layer.submodules, self_attention=attention, sharded_state_dict_keys_map=names
+    )
+    return replace(layer, submodules=submodules)

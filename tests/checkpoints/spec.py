@@ -114,6 +114,10 @@ class Spec:
     """(factor, mscale, mscale_all_dim) that stretch the rotary embeddings of latent attention."""
     index_topk: int = 0
     """How many keys the indexer of sparse latent attention leaves each query; 0: there is none."""
+    index_every: int = 1
+    """One in so many layers has an indexer, whose choice those behind it share."""
+    slime_indexers: bool = False
+    """They are slime's: other names, and the rotated part of their heads is the last."""
     mtp: int = 0
     """Layers for multi-token prediction."""
     pattern: str | None = None

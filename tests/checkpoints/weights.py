@@ -31,10 +31,12 @@ from torch import Tensor
 from .families import FAMILIES
 from .families.base import (
     HF_LAYER,
+    INDEX_DIM,
     Columns,
     FusedGated,
     Gated,
     HeadNorm,
+    IndexHeads,
     Made,
     Norm,
     Place,
@@ -170,10 +172,10 @@ class _Reader:
             case HeadNorm(hf, cut):
                 heads = self._heads(self._norm(hf))
                 return heads.chunk(self.size)[self.rank] if cut else heads
-            case Rows(hf, transposed):
-                return self._part(hf, 0, transposed)
-            case Columns(hf, transposed):
-                return self._part(hf, 1, transposed)
+            case IndexHeads(whole):
+                return self._index_heads(self.read(whole))
+            case Rows(hf, transposed) | Columns(hf, transposed):
+                return self._part(hf, int(isinstance(value, Columns)), transposed)
             case Gated() | FusedGated():
                 return self._gated(value)
             case Qkv(hf, transposed):
@@ -226,6 +228,13 @@ class _Reader:
         halves = heads[:, :rotated].chunk(2, dim=1)
         pairs = torch.stack(halves, dim=2).flatten(1, 2)
         return torch.cat([pairs, heads[:, rotated:]], dim=1).flatten(0, 1)
+
+    def _index_heads(self, rows: Tensor) -> Tensor:
+        if not self.spec.slime_indexers:
+            return rows
+        heads = rows.view(-1, INDEX_DIM, *rows.shape[1:])
+        rotated, rest = heads[:, : self.spec.qk_rope], heads[:, self.spec.qk_rope :]
+        return torch.cat([rest, rotated], dim=1).flatten(0, 1)
 
     def _groups(self, hf: str, transposed: bool) -> Tensor:
         """All query groups."""

@@ -19,7 +19,8 @@ from mcorefs.mapping.blocks.keys import arg, dim
 from mcorefs.mapping.blocks.mla import DIRECT_QUERIES, LATENT_QUERIES, MLA, MLA_REQUIRES
 from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
-from mcorefs.mapping.family import Facts, Key, Rule
+from mcorefs.mapping.family import Block, Facts, Key, Rule, Soft
+from mcorefs.views import Cat, Flatten, Narrow, Unflatten, View
 
 _AT = MLAYER + "self_attention.core_attention.indexer."
 _HF = LAYER + "self_attn.indexer."
@@ -45,6 +46,41 @@ INDEXER = (
     ),
 )
 """The precision of the last decides which keys are chosen: transformers keeps it, as a router's."""
+
+
+def is_slimes(facts: Facts) -> bool:
+    """Whether indexers are those of slime:slime_plugins/models/glm5/glm5.py: beside the parameters
+    of the attention, given normed queries whatever that norm is part of, always rotating
+    neighbours, and those in the last part of each head."""
+    return "decoder.layers.*.self_attention.wk.weight" in facts.kinds
+
+
+def _rotated_first(block: Block) -> Block:
+    """What `block` makes, with the part of each head that is rotated before the rest."""
+
+    def made(view: View, facts: Facts) -> View:
+        rows = block(view, facts)
+        if not is_slimes(facts):
+            return rows
+        size, rotated = facts.dims["index_dim"], facts.dims["qk_rope"]
+        heads = Unflatten(rows, 0, (rows.shape[0] // size, size))
+        rest = size - rotated
+        return Flatten(Cat((Narrow(heads, 1, rest, rotated), Narrow(heads, 1, 0, rest)), 1), 0, 2)
+
+    return made
+
+
+def _wherever(rule: Rule) -> Rule:
+    """`rule` for the layers with an indexer, also where that is slime's."""
+    source = rule.sources[0]
+    apart = source.replace("core_attention.indexer.", "").replace(".linear_", ".")
+    has_heads = "index_heads" not in rule.shape
+    block = _rotated_first(rule.block) if has_heads else rule.block
+    return replace(rule, source=(source, apart), block=block, layers="indexed")
+
+
+SHARED_INDEXERS = tuple(map(_wherever, INDEXER))
+"""Of a model whose layers may share the keys that the indexer of one before them chose."""
 
 INDEX_KEYS: Mapping[str, Key] = {
     "index_n_heads": dim("index_heads"),
@@ -77,3 +113,83 @@ def queries_normed_for_indexer(facts: Facts) -> str | None:
         "queries without it (megatron-core up to 0.17; later versions have it as q_layernorm): no "
         "Hugging Face model does, and its output would differ"
     )
+
+
+def _shared_after(freq: int, offset: int, layer: int) -> bool:
+    """Megatron-LM:megatron/core/transformer/experimental_attention_variant/dsa.py
+    is_dsa_skip_topk_layer, whose layers count from 1."""
+    return max(layer + 1 - max(offset, 1), 0) % freq != 0
+
+
+def shared_as_said(facts: Facts) -> str | None:
+    """Check: those layers have no indexer of their own of which the arguments say so, and not the
+    first."""
+    layers = range(facts.dims["layers"])
+    shared = [layer for layer in layers if layer not in facts.indexed_layers]
+    if 0 in shared:
+        return "layer 0 has no indexer, and there is none before it whose choice it could share"
+    freq, offset = facts.arg("dsa_indexer_topk_freq"), facts.arg("dsa_indexer_skip_topk_offset")
+    if not isinstance(freq, int) or freq < 1:
+        return None
+    wanted = [n for n in layers if _shared_after(freq, offset if isinstance(offset, int) else 0, n)]
+    if shared == wanted:
+        return None
+    return (
+        f"layers {shared or 'none'} hold no indexer, but with dsa_indexer_topk_freq={freq} and "
+        f"dsa_indexer_skip_topk_offset={offset} it would be layers {wanted or 'none'}"
+    )
+
+
+def neighbours_told(facts: Facts) -> str | None:
+    """Check: megatron-core has indexers rotate neighbours only since it can be told to."""
+    if is_slimes(facts) or facts.arg("dsa_indexer_topk") is None or facts.arg(*INTERLEAVED):
+        return None
+    return (
+        "no argument says that indexers rotate neighbours (dsa_indexer_rope_interleaved), and "
+        "megatron-core did not before there was one: the output of GlmMoeDsaForCausalLM, which "
+        "does, would differ"
+    )
+
+
+def _schedule(facts: Facts) -> tuple[int, int | None]:
+    """(index_topk_freq, index_skip_topk_offset) by which just these layers have an indexer: the
+    first so many, then one in so many. No offset where all have one; 0 if it is otherwise."""
+    layers = range(facts.dims["layers"])
+    shared = [layer for layer in layers if layer not in facts.indexed_layers]
+    if not shared:
+        return 1, None
+    offset = shared[0]
+    further = (layer for layer in layers[offset:] if layer in facts.indexed_layers)
+    freq = next(further, len(layers)) - offset + 1
+    regular = shared == [layer for layer in layers if _shared_after(freq, offset, layer)]
+    return (freq, offset) if regular else (0, None)
+
+
+def _freq(facts: Facts) -> int | None:
+    return _schedule(facts)[0] or None
+
+
+def _offset(facts: Facts) -> object:
+    offset = _schedule(facts)[1]
+    return Soft(0) if offset is None else offset
+
+
+def _types(facts: Facts) -> list[str]:
+    layers = range(facts.dims["layers"])
+    return ["full" if layer in facts.indexed_layers else "shared" for layer in layers]
+
+
+def _interleaved(facts: Facts) -> bool | None:
+    """mcore-bridge follows a reference, of which ms-swift's arguments say nothing."""
+    return True if is_slimes(facts) or facts.arg(*INTERLEAVED) else None
+
+
+SHARED_INDEX_KEYS: Mapping[str, Key] = {
+    **INDEX_KEYS,
+    "indexer_types": Key(_types),
+    "index_topk_freq": Key(_freq),
+    "index_skip_topk_offset": Key(_offset),
+    "indexer_rope_interleave": Key(_interleaved, only=(True,)),
+}
+"""Which layers have an indexer is said to transformers by indexer_types, to engines by the next two
+(vLLM, SGLang; so does Megatron-Bridge:src/megatron/bridge/models/glm_moe_dsa/glm5_bridge.py)."""

@@ -15,6 +15,7 @@ from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
 from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
+from mcorefs.mapping.families.glm_moe_dsa import GLM_MOE_DSA
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
 from mcorefs.mapping.families.hy_v3 import HY_V3
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     GLM4,
     GLM4_MOE,
     GLM4_MOE_LITE,
+    GLM_MOE_DSA,
     GPT2,
     GPT_OSS,
     HY_V3,

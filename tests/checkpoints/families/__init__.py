@@ -20,6 +20,7 @@ from .gemma3_text import GEMMA3_TEXT
 from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
 from .glm4_moe_lite import GLM4_MOE_LITE
+from .glm_moe_dsa import GLM_MOE_DSA
 from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
 from .hy_v3 import HY_V3
@@ -54,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
+    "glm_moe_dsa": GLM_MOE_DSA,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
     "hy_v3": HY_V3,

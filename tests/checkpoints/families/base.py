@@ -45,6 +45,13 @@ class HeadNorm:
 
 
 @dataclass(frozen=True)
+class IndexHeads:
+    """Heads of an indexer, on every rank."""
+
+    value: Whole | Norm
+
+
+@dataclass(frozen=True)
 class Rows:
     """Column parallel: each tensor-parallel rank has its share of the rows."""
 
@@ -111,7 +118,19 @@ class Made:
     make: Callable[[Sequence[Tensor], Place], Tensor]
 
 
-Value = Made | Whole | Norm | HeadNorm | Rows | Columns | Gated | FusedGated | Qkv | Vocabulary
+Value = (
+    Made
+    | Whole
+    | Norm
+    | HeadNorm
+    | IndexHeads
+    | Rows
+    | Columns
+    | Gated
+    | FusedGated
+    | Qkv
+    | Vocabulary
+)
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 EXPERT = LAYER + "mlp.experts.local_experts.{expert}."
@@ -168,17 +187,18 @@ LATENT_ATTENTION: Mapping[str, Value] = {
 }
 """Megatron's own modules for down projections are column parallel."""
 
-INDEX_HEADS, INDEX_DIM = 4, 32
+INDEX_HEADS, INDEX_DIM = 16, 32
+"""So many heads that no key's score is 0 in all of them, which would leave the choice open."""
 _INDEXER, _HF_INDEXER = (
     LAYER + "self_attention.core_attention.indexer.",
     HF_LAYER + "self_attn.indexer.",
 )
 SPARSE_ATTENTION: Mapping[str, Value] = {
     **LATENT_ATTENTION,
-    _INDEXER + "linear_wq_b.weight": Whole(_HF_INDEXER + "wq_b.weight"),
-    _INDEXER + "linear_wk.weight": Whole(_HF_INDEXER + "wk.weight"),
-    _INDEXER + "k_norm.weight": Norm(_HF_INDEXER + "k_norm.weight"),
-    _INDEXER + "k_norm.bias": Whole(_HF_INDEXER + "k_norm.bias"),
+    _INDEXER + "linear_wq_b.weight": IndexHeads(Whole(_HF_INDEXER + "wq_b.weight")),
+    _INDEXER + "linear_wk.weight": IndexHeads(Whole(_HF_INDEXER + "wk.weight")),
+    _INDEXER + "k_norm.weight": IndexHeads(Norm(_HF_INDEXER + "k_norm.weight")),
+    _INDEXER + "k_norm.bias": IndexHeads(Whole(_HF_INDEXER + "k_norm.bias")),
     _INDEXER + "linear_weights_proj.weight": Whole(_HF_INDEXER + "weights_proj.weight"),
 }
 """Indexers rotate the first part of their heads on both sides."""
@@ -198,8 +218,8 @@ def sparse_arguments(spec: Spec, interleaved: bool) -> Values:
         "dsa_indexer_n_heads": INDEX_HEADS,
         "dsa_indexer_head_dim": INDEX_DIM,
         "dsa_indexer_topk": spec.index_topk,
-        "dsa_indexer_topk_freq": 1,
-        "dsa_indexer_skip_topk_offset": 0,
+        "dsa_indexer_topk_freq": spec.index_every,
+        "dsa_indexer_skip_topk_offset": int(spec.index_every > 1),
         "dsa_indexer_loss_coeff": 0.001,
         "dsa_indexer_use_sparse_loss": True,
         "dsa_kernel_backend": "none",
