@@ -79,7 +79,7 @@ def test_an_indexer_as_wide_as_its_heads(tensors: dict[str, View]) -> None:
 
 
 def test_queries_that_an_indexer_saw_without_their_norm(tensors: dict[str, View]) -> None:
-    """As megatron-core's specs for TransformerEngine have it up to 0.17."""
+    """As megatron-core's specs for TransformerEngine have it up to 0.18."""
     norms = [
         name for name in tensors if name.endswith(("q_layernorm.weight", "kv_layernorm.weight"))
     ]
@@ -88,7 +88,7 @@ def test_queries_that_an_indexer_saw_without_their_norm(tensors: dict[str, View]
         fused = name.replace("q_layernorm.", "linear_q_up_proj.layer_norm_")
         fused = fused.replace("kv_layernorm.", "linear_kv_up_proj.layer_norm_")
         tensors[fused] = tensors.pop(name)
-    facts, _ = gathered(tensors, dsa_indexer_topk=7)
+    facts, _ = gathered(tensors, dsa_indexer_rope_interleaved=False)
     assert choose(tensors, facts, None, NO_REFERENCE).family is DEEPSEEK_V32
     (problem,) = plan(DEEPSEEK_V32, tensors, facts)[1]
     assert "part of linear_q_up_proj" in problem
@@ -216,11 +216,13 @@ def test_without_arguments_a_reference_must_say_how_indexers_rotate(
     assert problem.endswith("where the model computes with true")
 
 
-def test_neighbours_must_be_told_by_who_has_arguments(
-    fixtures: Mapping[str, Fixture], tmp_path: Path
+@pytest.mark.parametrize("name", [V32, GLM])
+def test_how_indexers_rotate_is_told_by_who_has_arguments(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
 ) -> None:
-    """megatron-core 0.18 had no such argument, and rotated halves."""
-    root = with_args(fixtures[GLM], tmp_path, dsa_indexer_rope_interleaved=...)
-    given = reference(fixtures[GLM], tmp_path / "given", indexer_rope_interleave=True)
+    """megatron-core 0.18 had no such argument, and rotated the last part of each head."""
+    root = with_args(fixtures[name], tmp_path, dsa_indexer_rope_interleaved=...)
+    rotates = {"indexer_rope_interleave": name == GLM}
+    given = reference(fixtures[name], tmp_path / "given", **rotates)
     (problem,) = refusal(lambda: load(root, Options(hf_config=given)))
-    assert problem.startswith("no argument says that indexers rotate neighbours")
+    assert problem.startswith("no argument says how indexers rotate their heads")

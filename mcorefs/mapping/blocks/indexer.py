@@ -96,21 +96,20 @@ SPARSE_REQUIRES: Mapping[str, tuple[object, ...]] = {
 }
 INTERLEAVED = ("dsa_indexer_rope_interleaved", "dsa_indexer_rotary_interleaved")
 """megatron-core's name (0.19) and mcore-bridge's
-(mcore-bridge:src/mcore_bridge/config/model_config.py). Before there was the first, core knew halves
-only."""
+(mcore-bridge:src/mcore_bridge/config/model_config.py)."""
 
 
 def queries_normed_for_indexer(facts: Facts) -> str | None:
     """Check: the indexer is given queries behind the norm of their latent.
 
-    Up to megatron-core 0.17 that norm was part of linear_q_up_proj, so the indexer saw what is
+    Up to megatron-core 0.18 that norm was part of linear_q_up_proj, so the indexer saw what is
     before it; it also rotated the last part of its heads (NVIDIA/Megatron-LM pull request 3026).
     """
     if not {_NORMS_OF_LATENTS, _INDEXERS} <= facts.kinds:
         return None
     return (
         "the norm of the queries' latent is part of linear_q_up_proj, so the indexer chose keys by "
-        "queries without it (megatron-core up to 0.17; later versions have it as q_layernorm): no "
+        "queries without it (megatron-core up to 0.18; later versions have it as q_layernorm): no "
         "Hugging Face model does, and its output would differ"
     )
 
@@ -140,14 +139,16 @@ def shared_as_said(facts: Facts) -> str | None:
     )
 
 
-def neighbours_told(facts: Facts) -> str | None:
-    """Check: megatron-core has indexers rotate neighbours only since it can be told to."""
-    if is_slimes(facts) or facts.arg("dsa_indexer_topk") is None or facts.arg(*INTERLEAVED):
+def rotation_told(facts: Facts) -> str | None:
+    """Check: what records the arguments of indexers says how they rotate, too (ms-swift records
+    neither)."""
+    told = facts.arg(*INTERLEAVED) is not None or is_slimes(facts)
+    if told or facts.arg("dsa_indexer_topk") is None:
         return None
     return (
-        "no argument says that indexers rotate neighbours (dsa_indexer_rope_interleaved), and "
-        "megatron-core did not before there was one: the output of GlmMoeDsaForCausalLM, which "
-        "does, would differ"
+        "no argument says how indexers rotate their heads (dsa_indexer_rope_interleaved, since "
+        "megatron-core 0.19): before there was one it rotated the last part of each, which no "
+        "Hugging Face model does, and its output would differ"
     )
 
 

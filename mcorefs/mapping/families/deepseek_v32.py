@@ -15,6 +15,7 @@ from mcorefs.mapping.blocks.indexer import (
     LATENT_QUERIES_MLA,
     SPARSE_REQUIRES,
     queries_normed_for_indexer,
+    rotation_told,
 )
 from mcorefs.mapping.blocks.mlp import expert_bias
 from mcorefs.mapping.blocks.model import EMBED, HEAD, NORM
@@ -49,6 +50,6 @@ DEEPSEEK_V32 = Family(
         **dict.fromkeys(INTERLEAVED, (False,)),
         "dsa_indexer_topk_freq": (1,),
     },
-    checks=(*DEEPSEEK_CHECKS, best_two_of_each_group, queries_normed_for_indexer),
+    checks=(*DEEPSEEK_CHECKS, best_two_of_each_group, queries_normed_for_indexer, rotation_told),
     natural_order=True,
 )

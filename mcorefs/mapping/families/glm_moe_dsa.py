@@ -15,8 +15,8 @@ from mcorefs.mapping.blocks.indexer import (
     SHARED_INDEX_KEYS,
     SHARED_INDEXERS,
     SPARSE_REQUIRES,
-    neighbours_told,
     queries_normed_for_indexer,
+    rotation_told,
     shared_as_said,
 )
 from mcorefs.mapping.blocks.mlp import expert_bias
@@ -51,7 +51,7 @@ GLM_MOE_DSA = Family(
         best_two_of_each_group,
         queries_normed_for_indexer,
         shared_as_said,
-        neighbours_told,
+        rotation_told,
     ),
     natural_order=True,
 )
