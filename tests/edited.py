@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from mcorefs.formats.torch_dist import TorchDist
 from tests.checkpoints import Fixture
@@ -32,6 +36,26 @@ def with_args(fixture: Fixture, directory: Path, **changes: object) -> Path:
     kept = {name: value for name, value in args.items() if value is not ...}
     torch.save({"args": Namespace(**kept), "checkpoint_version": 3.0}, iteration / "common.pt")
     return iteration.parent
+
+
+State = dict[str, Any]
+
+
+def saved_anew(fixture: Fixture, root: Path, change: Callable[[State], None]) -> Path:
+    """The copy of the fixture at `root`, its tensors saved again as `change` makes them."""
+    iteration = root / fixture.iteration.name
+    reader = FileSystemReader(iteration)
+    state: State = {
+        fqn: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for fqn, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp_load(state, storage_reader=reader, no_dist=True)
+    change(state)
+    for file in (*iteration.glob("*.distcp"), iteration / ".metadata"):
+        file.unlink()
+    dcp_save(state, storage_writer=FileSystemWriter(iteration), no_dist=True)
+    return root
 
 
 def edit_metadata(iteration: Path, edit: Callable[[Any], Any]) -> None:

@@ -416,15 +416,6 @@ def test_the_shared_expert_is_as_wide_as_is_said(
     )
 
 
-def test_olmoe_of_ms_swift_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
-    """Its linear_qkv has another order of rows under the same name and shape."""
-    fixture = fixtures["olmoe-normalised"]
-    for name in ("tuner_type", "train_type"):
-        root = with_args(fixture, tmp_path / name, **{name: "full"})
-        with pytest.raises(MappingError, match="ms-swift trained it, whose linear_qkv of OLMoE"):
-            load(root, Options())
-
-
 def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
     named = "moe_router_load_balancing_type"
     root = with_args(fixtures["qwen3_moe"], tmp_path / "sinkhorn", **{named: "sinkhorn"})

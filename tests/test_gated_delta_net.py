@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from mcorefs import catalog
 from mcorefs.boxes import Shape, row_major_strides
@@ -32,7 +29,7 @@ from mcorefs.model import Options, load
 from mcorefs.tree import build
 from mcorefs.views import View
 from tests.checkpoints import Fixture, ensure
-from tests.edited import with_args
+from tests.edited import State, saved_anew, with_args
 
 KEY_HEADS = 2
 IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
@@ -285,41 +282,128 @@ def each_gate_behind_its_query(qkv: Tensor) -> Tensor:
     return torch.cat(groups)
 
 
-def as_ms_swift_saves(fixture: Fixture, directory: Path) -> Path:
-    """The fixture with its gated delta nets as ms-swift's module holds them."""
-    root = with_args(fixture, directory, tuner_type="full")
-    iteration = root / fixture.iteration.name
-    reader = FileSystemReader(iteration)
-    state: dict[str, Any] = {
-        fqn: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for fqn, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp_load(state, storage_reader=reader, no_dist=True)
-    for module in sorted(fqn.removesuffix("A_log") for fqn in state if fqn.endswith("A_log")):
+def modules_of(state: State) -> list[str]:
+    """Where its gated delta nets are."""
+    return sorted(fqn.removesuffix("A_log") for fqn in state if fqn.endswith("A_log"))
+
+
+def with_gates_of_ms_swift(state: State) -> None:
+    for fqn in [fqn for fqn in state if fqn.endswith("linear_qkv.weight")]:
+        state[fqn] = each_gate_behind_its_query(state[fqn])
+
+
+def as_ms_swift_has_it(state: State) -> None:
+    for module in modules_of(state):
         for layer, sections in (("in_proj", IN_PROJ), ("conv1d", IN_PROJ[:3])):
             held = [state.pop(f"{module}{layer}.weight.{section}") for section in sections]
             state[f"{module}{layer}.weight"] = grouped(*held)
         norm = state[module + "out_norm.weight"]
         state[module + "out_norm.weight"] = (norm.float() + 1).to(norm.dtype)
-    for fqn in [fqn for fqn in state if fqn.endswith("linear_qkv.weight")]:
-        state[fqn] = each_gate_behind_its_query(state[fqn])
-    for file in (*iteration.glob("*.distcp"), iteration / ".metadata"):
-        file.unlink()
-    dcp_save(state, storage_writer=FileSystemWriter(iteration), no_dist=True)
-    return root
+    with_gates_of_ms_swift(state)
 
 
-@pytest.mark.parametrize("name", [DENSE, EXPERTS, DENSE_PREDICTS])
-def test_the_rows_of_ms_swift(fixtures: Mapping[str, Fixture], name: str, tmp_path: Path) -> None:
-    fixture = fixtures[name]
-    model = load(as_ms_swift_saves(fixture, tmp_path), Options())
+def decoupled(state: State) -> None:
+    """As ms-swift's linear_decoupled_in_proj has them."""
+    as_ms_swift_has_it(state)
+    for module in modules_of(state):
+        heads = state.pop(f"{module}in_proj.weight").unflatten(0, (KEY_HEADS, -1))
+        state[f"{module}in_proj_qkvz.weight"] = heads[:, :-4].flatten(0, 1)
+        state[f"{module}in_proj_ba.weight"] = heads[:, -4:].flatten(0, 1)
+        norm = state.pop(f"{module}in_proj.layer_norm_weight")
+        state[module.replace("self_attention.", "input_layernorm.weight")] = norm
+
+
+def with_transformers_module(fixture: Fixture, inside: str, fused_norms: bool) -> Any:
+    """With `linear_attn` of the Hugging Face model in place of megatron-core's gated delta nets,
+    `inside` self_attention; norms that are part of the linear layer behind them, or all apart."""
+    oracle = {
+        name: tensor
+        for file in fixture.hf.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+    def change(state: State) -> None:
+        for module in modules_of(state):
+            layer = module.split(".")[2]
+            norm = state[f"{module}in_proj.layer_norm_weight"]
+            for fqn in [fqn for fqn in state if fqn.startswith(module)]:
+                del state[fqn]
+            at = f"model.layers.{layer}.linear_attn."
+            for name in [name for name in oracle if name.startswith(at)]:
+                state[module + inside + name.removeprefix(at)] = oracle[name]
+            if inside:
+                state[module + "input_layernorm.weight"] = norm
+            else:
+                state[f"decoder.layers.{layer}.input_layernorm.weight"] = norm
+        for fqn in [fqn for fqn in state if fqn.endswith(".layer_norm_weight") and not fused_norms]:
+            place, _, linear = fqn.removesuffix(".layer_norm_weight").rpartition(".")
+            name = {"linear_qkv": "input_layernorm", "linear_fc1": "pre_mlp_layernorm"}[linear]
+            state[f"{place.rpartition('.')[0]}.{name}.weight"] = state.pop(fqn)
+        if not inside:
+            with_gates_of_ms_swift(state)
+
+    return change
+
+
+def as_ms_swift_saves(fixture: Fixture, directory: Path) -> Path:
+    """The fixture with its gated delta nets as ms-swift's module holds them."""
+    return saved_anew(fixture, with_args(fixture, directory, tuner_type="full"), as_ms_swift_has_it)
+
+
+def is_served_whole(root: Path, fixture: Fixture) -> None:
+    model = load(root, Options())
     assert model.choice.family.name == fixture.spec.family
     tree, _ = build(model, fixture.spec.hf_max_shard_size or "50GB", 1 << 20)
     files = sorted(fixture.hf.glob("*.safetensors"))
     assert files
     for file in files:
         assert read_all(tree.files[file.name]) == file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize("name", [DENSE, EXPERTS, DENSE_PREDICTS])
+def test_the_rows_of_ms_swift(fixtures: Mapping[str, Fixture], name: str, tmp_path: Path) -> None:
+    is_served_whole(as_ms_swift_saves(fixtures[name], tmp_path), fixtures[name])
+
+
+@pytest.mark.parametrize("name", [DENSE, NEXT])
+def test_ms_swifts_linear_layers_in_two(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    root = with_args(fixtures[name], tmp_path, tuner_type="full")
+    is_served_whole(saved_anew(fixtures[name], root, decoupled), fixtures[name])
+
+
+@pytest.mark.parametrize("name", [NEXT, DENSE, DENSE_PREDICTS])
+def test_transformers_module_in_ms_swift(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    """Its norms are around zero by themselves: 3.x records that megatron-core's are not."""
+    fixture = fixtures[name]
+    swift = {"train_type": "full", "apply_layernorm_1p": False}
+    root = with_args(fixture, tmp_path, **swift, experimental_attention_variant=...)
+    is_served_whole(
+        saved_anew(fixture, root, with_transformers_module(fixture, "", fused_norms=False)), fixture
+    )
+
+
+@pytest.mark.parametrize("name", [NEXT, EXPERTS, DENSE])
+def test_transformers_module_in_slime(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    root = with_args(fixture, tmp_path, hf_checkpoint="Qwen/x", experimental_attention_variant=...)
+    change = with_transformers_module(fixture, "linear_attn.", fused_norms=True)
+    is_served_whole(saved_anew(fixture, root, change), fixture)
+
+
+def test_norms_of_old_versions_of_ms_swift_are_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures[NEXT]
+    root = with_args(fixture, tmp_path, train_type="full", apply_layernorm_1p=False)
+    saved_anew(fixture, root, with_transformers_module(fixture, "", fused_norms=True))
+    (problem,) = refusal(lambda: load(root, Options()))
+    assert "ms-swift added 1 to their weights before 3.12" in problem
 
 
 def test_the_rows_of_ms_swift_taken_for_megatron_cores_are_seen(

@@ -23,7 +23,7 @@ _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _ROUTER = re.compile(r"\.mlp\.router\.weight$")
 _INDEXER = re.compile(r"self_attention\.(?:wk|core_attention\.indexer\.linear_wk)\.weight$")
 _MODULE = re.compile(r"decoder\.layers\.(\d+)\.(mixer|self_attention|mlp)\.")
-_LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.A_log$")
+_LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.(?:linear_attn\.)?A_log$")
 
 MLPS = {"ffn": "mlp", "moe_ffn": "mlp.experts.0", "shared_ffn": "mlp.shared_experts"}
 """The sizes of the MLPs that a layer may have."""
@@ -216,7 +216,7 @@ def _attention(
     if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
         return
     rows, columns = qkv.shape[0], proj.shape[1]
-    if "self_attention.A_log" in first and args.get("attention_output_gate", True):
+    if _delta_net_at(first) and args.get("attention_output_gate", True):
         dims["gated_q_rows"], rows = 2 * columns, rows - columns
     stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
     heads = _int(args.get("num_attention_heads")) or _int(stated)
@@ -245,6 +245,12 @@ def _attention(
         problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
 
 
+def _delta_net_at(first: Mapping[str, View]) -> str:
+    """Where in its layer a gated delta net is; "" if there is none."""
+    places = ("self_attention.", "self_attention.linear_attn.")
+    return next((at for at in places if at + "A_log" in first), "")
+
+
 def _delta_net(
     dims: dict[str, int],
     first: Mapping[str, View],
@@ -254,7 +260,7 @@ def _delta_net(
 ) -> None:
     """Heads of a gated delta net: A_log has an element per value head, out_proj a column and conv1d
     a row per element of the values; only the number of key heads must come from elsewhere."""
-    at = "self_attention."
+    at = _delta_net_at(first)
     heads, out = first.get(at + "A_log"), first.get(at + "out_proj.weight")
     conv = first.get(at + "conv1d.weight.joined", first.get(at + "conv1d.weight"))
     if heads is None or out is None or conv is None:

@@ -127,8 +127,13 @@ QK_NORM_AT_ZERO = tuple(replace(rule, block=in_halves) for rule in QK_NORM)
 QK_NORM_WEIGHT = "decoder.layers.*.self_attention.q_layernorm.weight"
 """The kind of tensor that models with norms of heads hold."""
 QK_NORM_OR_NONE = tuple(replace(rule, when=QK_NORM_WEIGHT) for rule in QK_NORM)
-WHOLE_QK_NORM = (
-    Rule(LAYER + "self_attn.q_norm.weight", _Q_NORM, ("hidden",), head_gamma),
-    Rule(LAYER + "self_attn.k_norm.weight", _K_NORM, ("kv_rows",), head_gamma),
+WHOLE_QK_NORM = tuple(
+    Rule(
+        f"{LAYER}self_attn.{x}_norm.weight",
+        (f"{MLAYER}self_attention.{x}_layernorm.weight", f"{MLAYER}self_attention.{x}_norm.weight"),
+        (size,),
+        head_gamma,
+    )
+    for x, size in (("q", "hidden"), ("k", "kv_rows"))
 )
 """Norms of all query heads together, which fill the hidden size, and of all key heads."""

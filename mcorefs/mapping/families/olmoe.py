@@ -2,12 +2,16 @@
 
 megatron-core has no such norms: Megatron-Bridge and ms-swift bring attention modules of their own
 (Megatron-Bridge:src/megatron/bridge/models/olmoe/olmoe_provider.py, mcore-bridge:src/mcore_bridge/
-model/gpts/olmoe.py). They call their parameters alike, but do not lay out linear_qkv alike.
+model/gpts/olmoe.py). Up to mcore-bridge 1.4, ms-swift calls the norms as Megatron-Bridge does, but
+its linear_qkv is q, k and v one above the other; then it calls them q_norm and k_norm, and its
+linear_qkv is megatron-core's.
 """
 
 from __future__ import annotations
 
-from mcorefs.mapping.blocks.attention import GQA, WHOLE_QK_NORM
+from dataclasses import replace
+
+from mcorefs.mapping.blocks.attention import GQA, QK_NORM_WEIGHT, WHOLE_QK_NORM, in_halves
 from mcorefs.mapping.blocks.keys import BASE_KEYS, DECODER_REQUIRES, GQA_KEYS, arg, constant, dim
 from mcorefs.mapping.blocks.mlp import gated_experts, router
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
@@ -17,26 +21,51 @@ from mcorefs.mapping.blocks.routing import (
     SOFTMAX_REQUIRES,
     no_sinkhorn,
 )
-from mcorefs.mapping.family import Facts, Family
+from mcorefs.mapping.family import Facts, Family, Rule
+from mcorefs.views import Narrow, View
 
 
-def _of_ms_swift(facts: Facts) -> str | None:
-    """Check: ms-swift's module has q, k and v one above the other, in a tensor of the same name and
-    shape. Its arguments are known by how it trains."""
-    if facts.arg("tuner_type", "train_type") is None:
+def _has_rows_apart(facts: Facts) -> bool:
+    """Whether q, k and v lie one above the other: in what ms-swift trained, which is known by how
+    it trains, with norms by the names that it began with."""
+    of_swift = facts.arg("tuner_type", "train_type") is not None
+    return of_swift and QK_NORM_WEIGHT in facts.kinds
+
+
+def _apart(rule: Rule, section: str) -> Rule:
+    """`rule`, of which the rows may be those of one section of linear_qkv."""
+
+    def made(view: View, facts: Facts) -> View:
+        if not _has_rows_apart(facts):
+            return rule.block(view, facts)
+        queries, keys = facts.dims["q_rows"], facts.dims["kv_rows"]
+        start = {"q": 0, "k": queries, "v": queries + keys}[section]
+        rows = Narrow(view, 0, start, queries if section == "q" else keys)
+        return rows if section == "v" else in_halves(rows, facts)
+
+    return replace(rule, block=made)
+
+
+def rows_of_one_rank(facts: Facts) -> str | None:
+    """Check: no tensor-parallel ranks each took rows of q, k and v for their own q, k and v, as
+    they do of those that lie one above the other."""
+    if not _has_rows_apart(facts) or facts.arg("tensor_model_parallel_size") == 1:
         return None
     return (
-        "ms-swift trained it, whose linear_qkv of OLMoE is q, k and v one above the other: that is "
-        "not supported yet"
+        "ms-swift trained it before each tensor-parallel rank had its own rows of q, k and v in "
+        "linear_qkv of OLMoE, and not with tensor_model_parallel_size=1: which rows are which "
+        "cannot be told"
     )
 
 
+_Q, _K, _V, _O = GQA
 OLMOE = Family(
     name="olmoe",
     architecture="OlmoeForCausalLM",
     rules=(
         EMBED,
-        *GQA,
+        *(_apart(rule, section) for rule, section in zip((_Q, _K, _V), "qkv", strict=True)),
+        _O,
         *WHOLE_QK_NORM,
         *gated_experts("mlp.experts.{expert}."),
         router("mlp.gate.weight"),
@@ -57,6 +86,6 @@ OLMOE = Family(
         "output_router_logits": constant(False),
     },
     requires={**DECODER_REQUIRES, **SOFTMAX_REQUIRES},
-    checks=(no_sinkhorn, _of_ms_swift),
+    checks=(no_sinkhorn, rows_of_one_rank),
     natural_order=True,
 )
