@@ -135,6 +135,7 @@ def load_at(location: Location, options: Options) -> Model:
     choice = replace(choice, family=for_task(choice.family, task, facts, reference.config))
     remarks = [*location.remarks, *checkpoint.remarks, *beside.remarks, *left_out, *said]
     remarks += _on_values(choice.family, facts, dtype)
+    remarks += [text for remark in choice.family.remarks if (text := remark(facts)) is not None]
     if sources.adapted is not None:
         trained, faults = _merged(adapter, trained, facts, sources.adapted, options)
         problems += [*adapter.problems, *faults]

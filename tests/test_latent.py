@@ -397,6 +397,19 @@ def test_what_deepseek_v2_cannot_express(
     assert "its output would differ" in found
 
 
+def test_groups_of_experts_may_be_stated(second: Fixture, tmp_path: Path) -> None:
+    """DeepSeek-V2's own: the best six, of three groups, which Megatron chooses by two scores."""
+    root = with_args(second, tmp_path, moe_router_topk=4)
+    given = reference(second, tmp_path / "given", num_experts_per_tok=4)
+    model = load(root, Options(hf_config=given))
+    assert said(model, "groups of experts are chosen by their best score, as topk_method in --hf-c")
+    assert said(model, "in training it was the sum of their 2 best")
+    for change in ({"topk_method": "greedy"}, {"n_group": 2}, {"topk_group": 1}):
+        other = reference(second, tmp_path / "other", num_experts_per_tok=4, **change)
+        problems = refusal(root, Options(hf_config=other))
+        assert any("by the sum of their 2 best scores" in problem for problem in problems)
+
+
 @pytest.mark.parametrize(
     ("args", "method"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
+import torch
 
 from mcorefs.mapping.blocks import routing
 from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
@@ -135,3 +136,24 @@ def test_layers_of_experts_from_one_to_another(
         names = ("start_index", "end_index", "interval")
         keys = [ERNIE4_5_MOE.config[f"moe_layer_{name}"].value(found) for name in names]
         assert keys == [Proven(value) for value in said]
+
+
+def test_a_softmax_before_top_k_differs_by_a_factor_for_each_token() -> None:
+    """megatron-core's router against transformers' Mixtral, which divides by the sum."""
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    logits = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    values, indices = logits.softmax(-1).topk(2)  # as MixtralTopKRouter
+    divided = torch.zeros_like(logits).scatter(1, indices, values / values.sum(-1, keepdim=True))
+    after, before = (
+        topk_routing_with_score_function(logits, 2, use_pre_softmax=pre)[0] for pre in (False, True)
+    )
+    torch.testing.assert_close(after, divided)
+    torch.testing.assert_close(before, divided * values.sum(-1, keepdim=True))
+    assert values.sum(-1).std() > 0.05
+    refused = routing.softmax_after_top_k
+    assert refused(facts({"moe_router_pre_softmax": False})) is None
+    assert refused(facts()) is None
+    problem = refused(facts({"moe_router_pre_softmax": True}))
+    assert problem is not None
+    assert "by a factor for each token" in problem

@@ -13,7 +13,7 @@ from mcorefs.mapping import latent, mamba
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
-from mcorefs.mapping.reference import Reference
+from mcorefs.mapping.reference import HF_CONFIG, Reference
 from mcorefs.views import View
 
 POSITIONS = "embedding.position_embeddings.weight"
@@ -109,10 +109,18 @@ def gather(
         )
     linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
     kinds = frozenset(map(kind, tensors))
-    moe_layers = _layers_with(_ROUTER, tensors, dims)
-    indexed = _layers_with(_INDEXER, tensors, dims)
-    modules = _modules(tensors)
-    facts = Facts(dims, args, moe_layers, tied, dtype, kinds, linear_layers, modules, indexed)
+    facts = Facts(
+        dims,
+        args,
+        moe_layers=_layers_with(_ROUTER, tensors, dims),
+        tied=tied,
+        dtype=dtype,
+        kinds=kinds,
+        linear_layers=linear_layers,
+        modules=_modules(tensors),
+        indexed_layers=_layers_with(_INDEXER, tensors, dims),
+        stated=reference.config if reference.where == HF_CONFIG else {},
+    )
     return facts, remarks, problems
 
 

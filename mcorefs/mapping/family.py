@@ -49,6 +49,8 @@ class Facts:
     """The layers that have a mixer (Mamba), self_attention or an mlp (experts, too)."""
     indexed_layers: frozenset[int] = frozenset()
     """Layers that have an indexer of their own; numbered as `moe_layers`."""
+    stated: Mapping[str, object] = field(default_factory=dict)
+    """The config.json that the user gave: what a family may take it at its word for."""
 
     @property
     def mtp_layers(self) -> range:
@@ -191,6 +193,8 @@ class Family:
     """Arguments that must be absent or one of these values, else the weights mean another model."""
     checks: tuple[Check, ...] = ()
     """What it cannot express and no single argument tells."""
+    remarks: tuple[Check, ...] = ()
+    """What it expresses otherwise than it was trained, as the user's own config.json says."""
     given: tuple[str, ...] = ()
     """Arguments that must be set for the family to be chosen by itself: what tells it from another
     with the same tensors."""

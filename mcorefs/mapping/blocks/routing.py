@@ -59,6 +59,19 @@ SOFTMAX_REQUIRES: Mapping[str, tuple[object, ...]] = {
 """What a router of softmaxes, unscaled and free to choose among all experts, takes for granted."""
 
 
+def softmax_after_top_k(facts: Facts) -> str | None:
+    """Check: the weights of the chosen experts sum to one. A softmax before top-k gives the same
+    times their sum, which is less than one and differs from token to token; which experts are
+    chosen, and their ratios, are the same."""
+    if not facts.arg("moe_router_pre_softmax"):
+        return None
+    return (
+        "the model was trained with moe_router_pre_softmax=True: the weights of a token's experts "
+        "are then not divided by their sum, as this Hugging Face model divides them and no key of "
+        "its config.json can keep it from doing: its output would differ by a factor for each token"
+    )
+
+
 def no_sinkhorn(facts: Facts) -> str | None:
     """Check: experts are chosen by score alone, not by what balances their load (as a loss does
     not). The argument may be a list of losses."""

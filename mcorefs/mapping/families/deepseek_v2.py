@@ -22,19 +22,50 @@ def _topk_method(facts: Facts) -> str | None:
     return "group_limited_greedy" if _limited(facts) else "greedy"
 
 
-def _best_of_each_group(facts: Facts) -> str | None:
-    """Check: groups of experts are chosen by their best score. transformers takes one, Megatron
-    the sum of topk // group_topk (megatron/core/transformer/moe/moe_utils.py group_limited_topk).
-    """
+def _summed_scores(facts: Facts) -> int:
+    """Of how many best scores Megatron takes the sum to choose groups, where it is not one.
+    transformers takes the best (megatron/core/transformer/moe/moe_utils.py group_limited_topk)."""
     kept, chosen = facts.arg("moe_router_group_topk"), facts.arg("moe_router_topk")
     if not (isinstance(kept, int) and isinstance(chosen, int) and _limited(facts)):
+        return 0
+    return 0 if chosen // kept == 1 else chosen // kept
+
+
+def _is_stated(facts: Facts) -> bool:
+    """Whether the user's config.json says, of these very groups, how they are chosen: DeepSeek's
+    own does, and Megatron has no other way to train what was made from it."""
+    stated = {
+        "topk_method": "group_limited_greedy",
+        "n_group": facts.arg("moe_router_num_groups"),
+        "topk_group": facts.arg("moe_router_group_topk"),
+        "num_experts_per_tok": facts.arg("moe_router_topk"),
+    }
+    return stated.items() <= facts.stated.items()
+
+
+def _best_of_each_group(facts: Facts) -> str | None:
+    """Check: groups of experts are chosen by their best score."""
+    count = _summed_scores(facts)
+    if not count or _is_stated(facts):
         return None
-    if chosen // kept == 1:
-        return None
+    chosen, kept = facts.arg("moe_router_topk"), facts.arg("moe_router_group_topk")
     return (
         f"with moe_router_topk={chosen} and moe_router_group_topk={kept} Megatron chooses groups "
-        f"of experts by the sum of their {chosen // kept} best scores, transformers by their best: "
-        "its output would differ"
+        f"of experts by the sum of their {count} best scores, transformers by their best: its "
+        "output would differ. If it was made from a DeepSeek-V2 whose config.json says so "
+        "(topk_method group_limited_greedy, n_group, topk_group), that one as --hf-config says "
+        "that this is meant"
+    )
+
+
+def _groups_as_stated(facts: Facts) -> str | None:
+    """Remark: groups are chosen otherwise than in training, as the user's config.json says."""
+    count = _summed_scores(facts)
+    if not count or not _is_stated(facts):
+        return None
+    return (
+        "groups of experts are chosen by their best score, as topk_method in --hf-config says; in "
+        f"training it was the sum of their {count} best, so some tokens go to other experts"
     )
 
 
@@ -56,5 +87,6 @@ DEEPSEEK_V2 = Family(
         "moe_router_pre_softmax": (True,),
     },
     checks=(*DEEPSEEK_CHECKS, _best_of_each_group),
+    remarks=(_groups_as_stated,),
     natural_order=True,
 )

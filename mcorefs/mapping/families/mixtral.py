@@ -15,7 +15,12 @@ from mcorefs.mapping.blocks.keys import (
 )
 from mcorefs.mapping.blocks.mlp import gated_experts, router
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
-from mcorefs.mapping.blocks.routing import AUX_LOSS_COEF, SOFTMAX_REQUIRES, no_sinkhorn
+from mcorefs.mapping.blocks.routing import (
+    AUX_LOSS_COEF,
+    SOFTMAX_REQUIRES,
+    no_sinkhorn,
+    softmax_after_top_k,
+)
 from mcorefs.mapping.family import Family
 
 MIXTRAL = Family(
@@ -46,8 +51,7 @@ MIXTRAL = Family(
         **decoder_requires("window_size"),
         **SOFTMAX_REQUIRES,
         "window_attn_skip_freq": (),
-        "moe_router_pre_softmax": (False,),
     },
-    checks=(no_sinkhorn,),
+    checks=(no_sinkhorn, softmax_after_top_k),
     natural_order=True,
 )
