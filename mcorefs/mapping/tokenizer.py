@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
-from mcorefs.mapping import converted
+from mcorefs.mapping import chat_templates, converted
 from mcorefs.mapping.config import dump
 from mcorefs.mapping.sentencepiece import is_model
 from mcorefs.mapping.tiktoken import is_vocabulary
@@ -89,7 +89,7 @@ def find(
     Raises CheckpointError where `given` holds none.
     """
     if given is not None:
-        found = _open(given, args)
+        found = _open(given, args, keeps_template=True)
         if isinstance(found, Tokenizer):
             return found
         raise CheckpointError(f"--tokenizer {given}: {found}")
@@ -130,8 +130,9 @@ def _places(
         yield Path(named)
 
 
-def _open(place: Path, args: Mapping[str, object]) -> Tokenizer | str:
-    """The tokenizer in directory `place` or of the file `place`, or why there is none."""
+def _open(place: Path, args: Mapping[str, object], keeps_template: bool = False) -> Tokenizer | str:
+    """The tokenizer in directory `place` or of the file `place`, or why there is none. With the
+    run's own chat template, unless `keeps_template` and it has one."""
     try:
         if place.is_file():
             files = _of_file(place)
@@ -153,7 +154,16 @@ def _open(place: Path, args: Mapping[str, object]) -> Tokenizer | str:
     found = _tokenizer({**files, **made}, str(place))
     if isinstance(found, str):
         return found
-    return replace(found, remarks=tuple(_remarks(found, args, bool(made))))
+    served = _with_template(found, args, keeps_template)
+    return replace(served, remarks=tuple(_remarks(served, args, bool(made))))
+
+
+def _with_template(found: Tokenizer, args: Mapping[str, object], keeps_own: bool) -> Tokenizer:
+    template = chat_templates.of_run(args)
+    config = _json(found.files.get("tokenizer_config.json"))
+    if template is None or (keeps_own and chat_templates.has_own(found.files, config)):
+        return found
+    return replace(found, files={**found.files, chat_templates.NAME: template})
 
 
 def _converted(files: Mapping[str, bytes], args: Mapping[str, object]) -> Mapping[str, bytes]:
@@ -178,7 +188,10 @@ def _remarks(found: Tokenizer, args: Mapping[str, object], is_converted: bool) -
         prompt = args.get("sft_tokenizer_prompt_format")
     elif kind == "MultimodalTokenizer":
         prompt = args.get("tokenizer_prompt_format")
-    if isinstance(prompt, str) and prompt not in OF_THE_TOKENIZER:
+    template = chat_templates.of_run(args)
+    if template is not None and found.files.get(chat_templates.NAME) == template:
+        yield f"{chat_templates.NAME} is that of the run: {kind} wrote chats as {prompt!r}"
+    elif isinstance(prompt, str) and prompt not in OF_THE_TOKENIZER:
         yield (
             f"{kind} wrote chats by a template of Megatron's own, {prompt!r}; a chat template "
             f"served is that of the tokenizer in {found.source}"
