@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from struct import Struct
 
 from mcorefs.dtypes import DType
+from mcorefs.opcodes import OBJECT
 
 MAX_KEY = 64
 """Longest tuple that can be a key."""
@@ -42,6 +43,25 @@ class Name:
         arguments on the way. None, and an untouched memo, leaves it all to the machine."""
         return None
 
+    def gathered(
+        self,
+        data: bytes,
+        start: int,
+        at: int,
+        memo: list[object],
+        items: list[object],
+        without: Without | None,
+    ) -> int:
+        """Do what `filled` does for a series of objects: put them behind `items`, as the opcodes
+        from `start` on would, and say where those end. `at` is behind the first, which refers to
+        this. Pairs that `without` makes needless are left out. `start` leaves it all to others."""
+        return start
+
+    def skipped(self, data: bytes, at: int, memo: list[object]) -> int | None:
+        """Where the opcodes end that `filled` would begin with, without making the object: the memo
+        is as long as they would have left it, with SKIPPED in it. None: it has to be made."""
+        return None
+
 
 class Built:
     """An object that a pickle goes on to fill, with as much time as the filling is long.
@@ -61,22 +81,30 @@ class Built:
         raise PickleError(f"unexpected items for {type(self).__name__}")
 
 
+class SkippedError(PickleError):
+    """What was skipped is referred to: all has to be read."""
+
+
 SPENT = object()
 """Stands in a memo for what a pickler memoizes but never refers to again."""
+SKIPPED = object()
+"""Stands for what the caller does without."""
 
 
 def recalled(value: object) -> object:
     """`value`, from a memo. Raises PickleError where it was not kept."""
     if value is SPENT:
         raise PickleError("it refers to attributes or arguments once more")
+    if value is SKIPPED:
+        raise SkippedError("it refers to what was skipped")
     return value
 
 
+Without = Callable[[str], bool]
+"""without(name): whether what a pickle keeps under `name` is not needed."""
 Find = Callable[[str, str], object]
 """find(module, name): a Name, or a value that the name itself is (a dtype)."""
 
-_OBJECT = b")\x81\x94}\x94("
-"""EMPTY_TUPLE NEWOBJ MEMOIZE EMPTY_DICT MEMOIZE MARK: how every object with attributes begins."""
 _CALL = b"\x94\x85\x94R\x94"
 """MEMOIZE TUPLE1 MEMOIZE REDUCE MEMOIZE: how every torch.Size ends."""
 _INT4, _UINT2, _UINT4, _UINT8 = Struct("<i"), Struct("<H"), Struct("<I"), Struct("<Q")
@@ -85,15 +113,21 @@ _SCALARS = frozenset((str, int, float, bool, bytes, type(None)))
 
 
 def run(
-    data: bytes, find: Find, persistent: Callable[[object], object], until: str | None = None
+    data: bytes,
+    find: Find,
+    persistent: Callable[[object], object],
+    until: str | None = None,
+    without: Without | None = None,
 ) -> object:
     """The object that the pickle `data` describes.
 
     `persistent` turns a persistent id into an object. `until` is an attribute of the object: where
-    it comes, the object is taken as it is, and the rest of `data` is not looked at. Raises an
-    Exception if it is none, of any kind: PickleError where what is wrong was foreseen.
+    it comes, the object is taken as it is, and the rest of `data` is not looked at. What is named
+    by a string that `without` is true of may be left out, or be SKIPPED. Raises an Exception if it
+    is no pickle, of any kind: PickleError where what is wrong was foreseen, SkippedError where
+    something that was left out is needed after all.
     """
-    machine = _Machine(data, find, persistent, until)
+    machine = _Machine(data, find, persistent, until, without)
     try:
         return machine.run()
     except (IndexError, struct.error):
@@ -107,8 +141,9 @@ class _Machine:
         find: Find,
         persistent: Callable[[object], object],
         until: str | None,
+        without: Without | None,
     ) -> None:
-        self.data, self.until = data, until
+        self.data, self.until, self.without = data, until, without
         self.find, self.persistent = find, persistent
         self.stack: list[object] = []
         self.marked: list[list[object]] = []
@@ -118,7 +153,7 @@ class _Machine:
     def run(self) -> object:  # noqa: C901  (one loop: a .metadata has 10^7 opcodes)
         """The opcodes that `.metadata` is full of, two frequent series of them in one step."""
         data, memo, marked, until = self.data, self.memo, self.marked, self.until
-        stack = self.stack
+        stack, without = self.stack, self.without
         starts, uint2, uint4, int4 = (
             data.startswith,
             _UINT2.unpack_from,
@@ -142,11 +177,24 @@ class _Machine:
                     value = memo[uint4(data, at)[0]]
                     at += 4
                 if data[at] == 0x29 and isinstance(value, Name):
-                    if (filled := value.filled(data, at, memo)) is not None:
+                    start = at - (2 if op == 0x68 else 5)
+                    end = value.gathered(data, start, at, memo, stack, without)
+                    if end != start:
+                        at = end
+                    elif (
+                        without is not None
+                        and stack
+                        and type(stack[-1]) is str
+                        and without(stack[-1])
+                        and (after := value.skipped(data, at, memo)) is not None
+                    ):
+                        at = after
+                        stack.append(SKIPPED)
+                    elif (filled := value.filled(data, at, memo)) is not None:
                         value, at = filled
                         stack.append(value)
-                    elif starts(_OBJECT, at):
-                        at += len(_OBJECT)
+                    elif starts(OBJECT, at):
+                        at += len(OBJECT)
                         value = value.call(())
                         attributes: dict[object, object] = {}
                         memo += (value, attributes)
@@ -156,7 +204,7 @@ class _Machine:
                     else:
                         stack.append(value)
                 else:
-                    stack.append(value if value is not SPENT else recalled(value))
+                    stack.append(recalled(value))
             elif op == 0x75:  # SETITEMS
                 items = stack
                 stack = marked.pop()

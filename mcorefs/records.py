@@ -13,7 +13,21 @@ from __future__ import annotations
 import re
 
 from mcorefs.boxes import Shape
-from mcorefs.pickle_machine import SPENT, Built, Name, PickleError, recalled
+from mcorefs.opcodes import (
+    CALL,
+    CHUNKS,
+    INT,
+    NAME,
+    NEW,
+    OBJECT,
+    SET,
+    SHAPE,
+    STR,
+    TUPLE,
+    integer,
+    integers,
+)
+from mcorefs.pickle_machine import SKIPPED, SPENT, Built, Name, PickleError, Without, recalled
 
 
 class Record(Built):
@@ -88,24 +102,13 @@ class Size(Name):
         return args[0]
 
 
-# Opcodes, in the order in which Python's pickler puts them (cpython:Lib/pickle.py).
-_REF = rb"(?:h.|j.{4})"  # BINGET, LONG_BINGET: what was in the pickle before
-_INT = rb"(?:K.|M..|J.{4}|\x8a\x05.{5}|\x8a\x06.{6})"  # BININT1, BININT2, BININT, LONG1
-_TUPLE = (  # the last of its opcodes says how many there are
-    rb"(?:\((" + _INT + rb"*+)t|"
-    rb"(" + _INT + rb"\x85|" + _INT + rb"{2}\x86|" + _INT + rb"{3}\x87))\x94"
-)
-_NEW, _SET = rb"\)\x81\x94}\x94\(", rb"ub"  # an object and its attributes; they become its state
-_NAME = b"(" + _REF + b")"  # of an attribute
-_STR = rb"(?:(h.|j.{4})|\x8c(.)(.{0,255}?)\x94)"  # or spelled: SHORT_BINUNICODE MEMOIZE
-_SHAPE = b"(" + _REF + b"{1,2}+)" + _TUPLE + rb"(\x85\x94R\x94)?"  # perhaps as a torch.Size
 Filled = tuple[object, int] | None
 
 
 class RecordClass(Name):
     """The class of a record, in one pickle."""
 
-    __slots__ = ("_known", "_shapes")
+    __slots__ = ("_known", "_series", "_shapes")
 
     kind: type[Built]
 
@@ -115,6 +118,8 @@ class RecordClass(Name):
         memo does not change."""
         self._shapes: dict[bytes, Shape] = {}
         """Tuples by their opcodes: there are few different ones."""
+        self._series: re.Pattern[bytes] | None = None
+        """What follows one of them, if more of the kind do; it refers to the right names."""
 
     def call(self, args: tuple[object, ...]) -> object:
         if args:
@@ -149,7 +154,7 @@ class RecordClass(Name):
         assert code is not None
         shape = self._shapes.get(code)
         if shape is None:
-            shape = _integers(code if short is None else code[:-1])
+            shape = integers(code if short is None else code[:-1])
             self._shapes[code] = shape
         return shape
 
@@ -157,7 +162,7 @@ class RecordClass(Name):
 class ChunkClass(RecordClass):
     __slots__ = ()
     kind = ChunkStorageMetadata
-    _spelling = re.compile(_NEW + _SHAPE + _SHAPE + _SET, re.DOTALL)
+    _spelling = re.compile(NEW + SHAPE + SHAPE + SET, re.DOTALL)
 
     def filled(self, data: bytes, at: int, memo: list[object]) -> Filled:
         if (match := self._spelling.match(data, at)) is None:
@@ -173,9 +178,42 @@ class ChunkClass(RecordClass):
             memo += (SPENT, sizes)
         return made, match.end()
 
+    def gathered(
+        self,
+        data: bytes,
+        start: int,
+        at: int,
+        memo: list[object],
+        items: list[object],
+        without: Without | None,
+    ) -> int:
+        if self._series is None:
+            match = self._spelling.match(data, at)
+            if match is None or match[4] is None or match[8] is None:
+                return start
+            if not self._names_are(("offsets", "sizes"), match.group(1, 4, 5, 8), memo):
+                return start
+            self._series = re.compile(
+                re.escape(data[start:at])
+                + (NEW + re.escape(match[1]) + TUPLE + CALL)
+                + (re.escape(match[5]) + TUPLE + CALL + SET),
+                re.DOTALL,
+            )
+        following, shapes, shape = self._series.match, self._shapes, self._shape
+        at = start
+        while (match := following(data, at)) is not None:
+            long, short, other_long, other_short = match.groups()
+            offsets = shapes.get(short or long or b"") or shape(long, short)
+            sizes = shapes.get(other_short or other_long or b"") or shape(other_long, other_short)
+            made = ChunkStorageMetadata(offsets, sizes)
+            items.append(made)
+            memo += (made, SPENT, offsets, SPENT, offsets, sizes, SPENT, sizes)
+            at = match.end()
+        return at
+
 
 _PROPERTIES = (  # dtype, layout, requires_grad, memory format, pin_memory as the state
-    rb"\)\x81\x94\(" + _NAME + _NAME + rb"[\x88\x89]" + _NAME + rb"[\x88\x89]t\x94b"
+    rb"\)\x81\x94\(" + NAME + NAME + rb"[\x88\x89]" + NAME + rb"[\x88\x89]t\x94b"
 )
 
 
@@ -198,7 +236,7 @@ class TensorClass(RecordClass):
     __slots__ = ()
     kind = TensorStorageMetadata
     _spelling = re.compile(
-        _NEW + _NAME + _NAME + b"(?:" + _PROPERTIES + b")?" + _SHAPE + _NAME + rb"]\x94(\(?)",
+        NEW + NAME + NAME + b"(?:" + _PROPERTIES + b")?" + SHAPE + NAME + rb"]\x94(\(?)",
         re.DOTALL,
     )
 
@@ -238,12 +276,34 @@ class TensorClass(RecordClass):
         del memo[begun:]
         return None
 
+    _chunks = re.compile(CHUNKS, re.DOTALL)
+
+    def skipped(self, data: bytes, at: int, memo: list[object]) -> int | None:
+        if (match := self._spelling.match(data, at)) is None:
+            return None
+        *_, call, _, many = match.groups()
+        count = 3 + (2 if match[3] is not None else 0) + (3 if call else 1)
+        at = match.end()
+        while True:  # for each list of up to a thousand that is added
+            if (series := self._chunks.match(data, at)) is None:
+                return None
+            count += 8 * data.count(OBJECT, at, series.end())
+            at = series.end()
+            if data[at] != (0x65 if many else 0x61):  # APPENDS, APPEND
+                return None
+            at += 1
+            if data.startswith(b"ub", at):
+                memo += (SKIPPED,) * count
+                return at + 2
+            if many := data[at : at + 1] == b"(":
+                at += 1
+
 
 class IndexClass(RecordClass):
-    __slots__ = ()
+    __slots__ = ("_strings",)
     kind = MetadataIndex
     _spelling = re.compile(
-        _NEW + _NAME + _STR + _NAME + b"(?:N|" + _INT + b")(?:" + _SHAPE + b")?" + _SET, re.DOTALL
+        NEW + NAME + STR + NAME + b"(?:N|" + INT + b")(?:" + SHAPE + b")?" + SET, re.DOTALL
     )
 
     def filled(self, data: bytes, at: int, memo: list[object]) -> Filled:
@@ -263,12 +323,106 @@ class IndexClass(RecordClass):
             memo += (offset, SPENT, offset) if call else (offset,)
         return made, match.end()
 
+    def gathered(  # noqa: C901  (one loop: a .metadata has 10^5 of them)
+        self,
+        data: bytes,
+        start: int,
+        at: int,
+        memo: list[object],
+        items: list[object],
+        without: Without | None,
+    ) -> int:
+        """With each its StorageInfo, which is its value in a dict."""
+        if self._series is None:
+            self._series = self._pairs(data, start, at, memo)
+            self._strings: dict[bytes, tuple[object, bool]] = {}
+            if self._series is None:
+                return start
+        following, strings = self._series.match, self._strings
+        at = start
+        while (match := following(data, at)) is not None:
+            ref, count, text, long, short, path_ref, path_count, path_text, offset, length = (
+                match.groups()
+            )
+            if not (_is_whole(text, count) and _is_whole(path_text, path_count)):
+                break
+            if text is not None:
+                fqn: object = str(text, "utf-8", "backslashreplace")
+                needless = without is not None and without(str(fqn))
+            elif (known := strings.get(ref)) is not None:
+                fqn, needless = known
+            else:
+                fqn = _string(ref, None, memo)
+                needless = without is not None and type(fqn) is str and without(fqn)
+                strings[ref] = fqn, needless
+            end = match.end()
+            if needless and data[end] == 0x73:  # SETITEM: the one pair of its dict
+                break
+            index: object = SKIPPED
+            info: object = SKIPPED
+            place: Shape | None = None
+            if not needless:
+                if offset_code := short or long:
+                    place = self._shapes.get(offset_code) or self._shape(long, short)
+                elif long is not None:
+                    place = ()
+                index = MetadataIndex(fqn, place)
+                info = made = StorageInfo(None, integer(offset), integer(length))
+                items += (index, info)
+            memo += (index, SPENT) if text is None else (index, SPENT, fqn)
+            if long is not None or short is not None:
+                memo += (SKIPPED, SPENT, SKIPPED) if needless else (place, SPENT, place)
+            if path_text is not None:
+                path: object = str(path_text, "utf-8", "backslashreplace")
+                memo += (info, SPENT, path)
+            else:
+                memo += (info, SPENT)
+                if (known := strings.get(path_ref)) is None:
+                    strings[path_ref] = known = _string(path_ref, None, memo), False
+                path = known[0]
+            if not needless:
+                made.relative_path = path
+            at = end
+        return at
+
+    def _pairs(
+        self, data: bytes, start: int, at: int, memo: list[object]
+    ) -> re.Pattern[bytes] | None:
+        """What an index and its StorageInfo are in this pickle, if one with an offset comes now."""
+        match = self._spelling.match(data, at)
+        if match is None or match[9] is None or not _is_whole(match[4], match[3]):
+            return None
+        first, second, third = match[1], match[5], match[6]
+        if not self._names_are(
+            ("fqn", "index", "offset"), (first, None, second, None, third, match[9]), memo
+        ):
+            return None
+        at, end = match.end(), match.end() + (2 if data[match.end()] == 0x68 else 5)
+        if data[at] not in b"hj":
+            return None
+        number = int.from_bytes(data[at + 1 : end], "little")
+        kind = memo[number] if number < len(memo) else None
+        info = kind.names(data, end, memo) if isinstance(kind, InfoClass) else None
+        if info is None:
+            return None
+        path, offset, length = map(re.escape, info)
+        return re.compile(
+            (re.escape(data[start : start + 5 if data[start] == 0x6A else start + 2]) + NEW)
+            + (re.escape(first) + _STRICT_STR + re.escape(second) + b"(?:N|" + INT + b")(?:")
+            + (re.escape(third) + TUPLE + CALL + b")?" + SET + re.escape(data[at:end]) + NEW)
+            + (path + _STRICT_STR + offset + b"(" + INT + b")" + length + b"(" + INT + b")" + SET),
+            re.DOTALL,
+        )
+
+
+_STRICT_STR = rb"(?:(h.|j.{4})|\x8c(.)([^\x94]{0,255}+)\x94)"
+
 
 class InfoClass(RecordClass):
     __slots__ = ()
     kind = StorageInfo
     _spelling = re.compile(
-        _NEW + _NAME + _STR + _NAME + b"(" + _INT + b")" + _NAME + b"(" + _INT + b")" + _SET,
+        NEW + NAME + STR + NAME + b"(" + INT + b")" + NAME + b"(" + INT + b")" + SET,
         re.DOTALL,
     )
 
@@ -280,10 +434,21 @@ class InfoClass(RecordClass):
         names = ("relative_path", "offset", "length")
         if not (_is_whole(text, count) and self._names_are(names, references, memo)):
             return None
-        made = StorageInfo(None, _integer(offset), _integer(length))
+        made = StorageInfo(None, integer(offset), integer(length))
         memo += (made, SPENT)
         made.relative_path = _string(ref, text, memo)
         return made, match.end()
+
+    def names(self, data: bytes, at: int, memo: list[object]) -> tuple[bytes, bytes, bytes] | None:
+        """The references to the names of its attributes in an object of this class."""
+        match = self._spelling.match(data, at)
+        if match is None or not _is_whole(match[4], match[3]):
+            return None
+        first, second, third = match.group(1, 5, 7)
+        references = (first, None, second, None, third, None)
+        if not self._names_are(("relative_path", "offset", "length"), references, memo):
+            return None
+        return first, second, third
 
 
 def _referred(references: bytes, memo: list[object]) -> tuple[object, ...]:
@@ -310,26 +475,3 @@ def _string(reference: bytes | None, text: bytes | None, memo: list[object]) -> 
         return recalled(memo[int.from_bytes(reference[1:], "little")])
     memo.append(value := str(text, "utf-8", "backslashreplace"))
     return value
-
-
-_WIDTHS = {0x4B: 2, 0x4D: 3, 0x4A: 5}
-
-
-def _integers(code: bytes) -> Shape:
-    if code[::2] == b"K" * (len(code) // 2):
-        return tuple(code[1::2])
-    numbers: list[int] = []
-    at = 0
-    while at < len(code):
-        end = at + (_WIDTHS.get(code[at]) or 2 + code[at + 1])
-        numbers.append(_integer(code[at:end]))
-        at = end
-    return tuple(numbers)
-
-
-def _integer(code: bytes) -> int:
-    if code[0] == 0x4B:
-        return code[1]
-    if code[0] == 0x4D:
-        return code[1] | code[2] << 8
-    return int.from_bytes(code[1 if code[0] == 0x4A else 2 :], "little", signed=True)

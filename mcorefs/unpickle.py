@@ -17,7 +17,7 @@ from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
 from mcorefs.memory import gc_paused
-from mcorefs.pickle_machine import Built, Name, PickleError, run
+from mcorefs.pickle_machine import Built, Name, PickleError, SkippedError, Without, run
 from mcorefs.records import (
     ChunkClass,
     IndexClass,
@@ -106,12 +106,20 @@ class StoredView:
     stride: Shape
 
 
-def loads(data: bytes, what: str, *, storages: bool = False, until: str | None = None) -> object:
+def loads(
+    data: bytes,
+    what: str,
+    *,
+    storages: bool = False,
+    until: str | None = None,
+    without: Without | None = None,
+) -> object:
     """The object that the pickle `data` describes, made of plain values and inert records.
 
     `what` names the pickle in errors. `storages` admits the persistent ids of `torch.save`.
     `until` names an attribute of the object with which, and with all that follow it, it does
-    without: they are not read.
+    without: they are not read. `without` is true of names of which neither tensors nor their
+    places in files are needed: these may be missing, and those be SKIPPED.
     Raises CheckpointError if it is not a pickle, is cut short, or is malformed.
     """
     names: dict[tuple[str, str], object] = {}
@@ -124,7 +132,12 @@ def loads(data: bytes, what: str, *, storages: bool = False, until: str | None =
 
     with gc_paused():
         try:
-            return run(data, find, _storage if storages else _no_storage, until)
+            persistent = _storage if storages else _no_storage
+            try:
+                return run(data, find, persistent, until, without)
+            except SkippedError:
+                names.clear()  # what they stand for knows where things are in the memo
+                return run(data, find, persistent, until)
         except Exception as problem:  # any bytes at all may come in
             kind = "" if isinstance(problem, PickleError) else f"{type(problem).__name__}: "
             raise CheckpointError(

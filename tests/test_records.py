@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import random
 import time
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.dcp import read_directory
-from mcorefs.pickle_machine import Built, Name
+from mcorefs.pickle_machine import SKIPPED, Built, Name
 from mcorefs.records import (
     ChunkClass,
     IndexClass,
@@ -60,17 +61,23 @@ def one_by_one(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], object]:
 
     def read(data: bytes) -> object:
         with monkeypatch.context() as patch:
-            for kind in CLASSES:
-                patch.setattr(kind, "filled", lambda *_: None)
+            make_one_by_one(patch)
             return seen(data)
 
     return read
 
 
-def seen(data: bytes) -> object:
+def make_one_by_one(patch: pytest.MonkeyPatch) -> None:
+    for kind in CLASSES:
+        patch.setattr(kind, "filled", lambda *_: None)
+        patch.setattr(kind, "gathered", lambda _self, _data, start, *_: start)
+        patch.setattr(kind, "skipped", lambda *_: None)
+
+
+def seen(data: bytes, without: Callable[[str], bool] | None = None) -> object:
     """All of what a pickle amounts to, in a form that compares; or that it is refused."""
     try:
-        return shown(loads(data, "it"))
+        return shown(loads(data, "it", without=without))
     except CheckpointError:
         return CheckpointError
 
@@ -82,6 +89,8 @@ def shown(value: object, depth: int = 12) -> object:
         return [(shown(key, depth - 1), shown(item, depth - 1)) for key, item in value.items()]
     if isinstance(value, list | tuple):
         return type(value), [shown(item, depth - 1) for item in value]
+    if value is SKIPPED:
+        return "skipped"
     if isinstance(value, Inert):
         return value.name, shown([value.args, value.state, value.items], depth - 1)
     if isinstance(value, TensorProperties):
@@ -99,7 +108,24 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     counts = {kind.__name__: [0, 0] for kind in CLASSES}
 
     def counted(kind: type[RecordClass]) -> None:
-        original = kind.filled
+        original, series = kind.filled, kind.gathered
+
+        def gathered(
+            self: Any,
+            data: bytes,
+            start: int,
+            at: int,
+            memo: list[object],
+            items: Any,
+            without: Any,
+        ) -> int:
+            before, length = len(items), len(memo)
+            end = series(self, data, start, at, memo, items, without)
+            made = items[before:]
+            assert made or end != start or len(memo) == length
+            for other in CLASSES:
+                counts[other.__name__][0] += sum(isinstance(one, other.kind) for one in made)
+            return end
 
         def filled(self: Any, data: bytes, at: int, memo: list[object]) -> Any:
             before = len(memo)
@@ -109,6 +135,7 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
             return made
 
         monkeypatch.setattr(kind, "filled", filled)
+        monkeypatch.setattr(kind, "gathered", gathered)
 
     for kind in CLASSES:
         counted(kind)
@@ -174,8 +201,7 @@ def metadata(draw: st.DrawFn) -> bytes:
 @given(data=metadata())
 def test_any_metadata(data: bytes) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for kind in CLASSES:
-            patch.setattr(kind, "filled", lambda *_: None)
+        make_one_by_one(patch)
         expected = seen(data)
     assert expected is not CheckpointError
     assert seen(data) == expected
@@ -211,6 +237,7 @@ def test_damaged_metadata(one_by_one: Callable[[bytes], object]) -> None:
     data = pickle.dumps(dcp.Metadata(entries, storage_data=places), 4)
     agreed = 0
     for broken in _damaged(data, 3000):
+        seen(broken, lambda name: name == "a")  # raises nothing else
         fast = seen(broken)
         if fast is not CheckpointError:
             assert fast == one_by_one(broken)
@@ -233,6 +260,97 @@ def _refused(data: bytes) -> bool:
     except CheckpointError as error:
         return "it refers to attributes or arguments once more" in str(error)
     return False
+
+
+# -- without what is not needed -------------------------------------------------------------------
+
+
+def needed(whole: Any, without: Callable[[str], bool]) -> object:
+    """What `without` leaves of what `shown` made of torch's Metadata."""
+    if whole is CheckpointError:
+        return whole
+    _, attributes = whole
+    left = {}
+    for name, value in attributes:
+        if name == "'state_dict_metadata'":
+            value = [(fqn, "skipped" if _tells(fqn, without) else entry) for fqn, entry in value]
+        if name == "'storage_data'":
+            value = [
+                (index, info)
+                for index, info in value
+                if not _tells(dict(index[1])["'fqn'"], without)
+            ]
+        left[name] = value
+    return left
+
+
+def _tells(shown_name: str, without: Callable[[str], bool]) -> bool:
+    return without(ast.literal_eval(shown_name))
+
+
+def _is_of_optimizer(name: str) -> bool:
+    return name.startswith("optimizer.")
+
+
+@pytest.mark.parametrize("name", ["qwen3-tp2-dp2-reshardable", "qwen3_moe-tp2-pp2-ep2-etp2"])
+def test_the_optimizer_is_left_out_of_real_checkpoints(
+    fixtures: Mapping[str, Fixture], name: str, one_by_one: Callable[[bytes], object]
+) -> None:
+    data = (fixtures[name].iteration / ".metadata").read_bytes()
+    whole = pickle.loads(data)  # noqa: S301  (ours)
+    del whole.all_local_plans  # which refer to what is in the other attributes
+    data = pickle.dumps(whole, 4)
+    expected = needed(one_by_one(data), _is_of_optimizer)
+    assert needed(seen(data, _is_of_optimizer), _is_of_optimizer) == expected
+    found = loads(data, "it", without=_is_of_optimizer)
+    assert isinstance(found, Attributes)
+    entries, places = vars(found)["state_dict_metadata"], vars(found)["storage_data"]
+    assert sum(entry is SKIPPED for entry in entries.values()) > 20
+    assert len(places) < 0.6 * len(whole.storage_data)
+
+
+def test_what_was_left_out_but_is_needed_is_read_after_all() -> None:
+    """As in a checkpoint of one process, whose indices share their offsets with the chunks."""
+    offsets = [torch.Size((100 * i, 7)) for i in range(9)]
+    chunks = [dcp.ChunkStorageMetadata(one, torch.Size((1, 2))) for one in offsets]
+    whole: dict[str, Any] = {
+        name: dcp.TensorStorageMetadata(
+            dcp.TensorProperties(), torch.Size((400, 9)), chunks[3 * i : 3 * i + 3]
+        )
+        for i, name in enumerate(("model", "optimizer.a", "optimizer.b"))
+    }
+    data = pickle.dumps(dcp.Metadata(whole, storage_data={"model": offsets[7]}), 4)
+    apart = pickle.dumps(dcp.Metadata(whole, storage_data={"model": torch.Size((1, 2))}), 4)
+    assert "skipped" in str(seen(apart, _is_of_optimizer))
+    assert seen(data, _is_of_optimizer) == seen(data)
+
+
+def test_a_dict_of_one_place_that_is_not_needed() -> None:
+    """SETITEM takes a pair from the stack, which has to be there."""
+
+    def places(fqn: str, count: int) -> dict[Any, Any]:
+        return {
+            dcp.MetadataIndex(fqn, torch.Size((i, 0))): _StorageInfo(f"__{fqn}", i, 9)
+            for i in range(count)
+        }
+
+    whole = [places("model", 3), places("optimizer.a", 1), places("optimizer.a", 2), 5]
+    found = loads(pickle.dumps(whole, 4), "it", without=_is_of_optimizer)
+    assert isinstance(found, list)
+    assert [len(places) for places in found[:3]] == [3, 1, 0]
+    assert found[3] == 5
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=metadata(), names=st.sets(FQNS))
+def test_any_metadata_without_something(data: bytes, names: set[str]) -> None:
+    def without(name: str) -> bool:
+        return name in names
+
+    with pytest.MonkeyPatch.context() as patch:
+        make_one_by_one(patch)
+        expected = needed(seen(data), without)
+    assert needed(seen(data, without), without) == expected
 
 
 # -- without the end ------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mcorefs.boxes import Box, Shape
@@ -24,6 +25,7 @@ from mcorefs.errors import CheckpointError, NoWeightsError
 from mcorefs.formats.base import WeightsFrom, reading, training_args
 from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.pickle_machine import Without
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
 from mcorefs.storage import FileIdentity, is_file_name, is_there, regular_file
 from mcorefs.torchzip import load_object
@@ -66,7 +68,7 @@ def read_directory(
 
     `also`: fqns of entries that are no weights but whose place is wanted. Raises NoWeightsError.
     """
-    metadata = read_metadata(path / ".metadata")
+    metadata = read_metadata(path / ".metadata", partial(_is_needless, weights))
     model: dict[str, object] = {}
     optimizer: dict[str, object] = {}
     skipped: Counter[str] = Counter()
@@ -160,13 +162,18 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_metadata(path: Path) -> Metadata:
-    """The `.metadata` file at `path`, as data."""
+def _is_needless(weights: WeightsFrom, fqn: str) -> bool:
+    """Whether neither `fqn` nor its place is looked at, whatever kind of entry it is."""
+    return "_extra_state" in fqn or (weights == "model" and _OPTIMIZER.match(fqn) is not None)
+
+
+def read_metadata(path: Path, without: Without) -> Metadata:
+    """The `.metadata` file at `path`, as data; of what `without` is true of, only the names."""
     try:
         data = path.read_bytes()
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
-    found = loads(data, str(path), until=PLANS)
+    found = loads(data, str(path), until=PLANS, without=without)
     if not isinstance(found, Metadata):
         raise CheckpointError(
             f"{path}: expected torch's checkpoint Metadata, found {describe(found)}"
