@@ -29,11 +29,12 @@ class Box:
 
     def within(self, shape: Shape) -> bool:
         """Whether the box lies inside a tensor of `shape` (never negative, never beyond)."""
-        return (
-            len(self.offsets) == len(self.sizes) == len(shape)
-            and all(o >= 0 and s >= 0 for o, s in zip(self.offsets, self.sizes, strict=True))
-            and all(o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True))
-        )
+        if not len(self.offsets) == len(self.sizes) == len(shape):
+            return False
+        for o, s, n in zip(self.offsets, self.sizes, shape, strict=True):
+            if o < 0 or s < 0 or o + s > n:
+                return False
+        return True
 
     def intersect(self, other: Box) -> Box | None:
         """The elements in both boxes, None if there are none."""

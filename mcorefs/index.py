@@ -111,12 +111,12 @@ def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
     box, span = chunk.box, chunk.span
     if not box.within(shape):
         raise _BadTilingError(f"chunk {_show(box)} lies outside of shape {_numbers(shape)}")
+    if span.kind == "torch_zip" and min(span.offset, span.nbytes) >= 0:
+        return  # its archive is looked through when it is first read
     strides = row_major_strides(box.sizes) if span.strides is None else span.strides
     signed = (span.offset, span.nbytes, span.skip, *strides)
     if min(signed) < 0 or len(strides) != len(box.sizes):
         raise _BadTilingError(f"chunk {_show(box)} has an impossible place in {span.path}")
-    if span.kind == "torch_zip":
-        return  # its archive is looked through when it is first read
     last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
     need = span.skip + (last + 1) * dtype.itemsize
     held = span.nbytes if span.encoding is None else span.encoding.nbytes
@@ -208,7 +208,9 @@ def _slabs(chunks: Sequence[Chunk], axis: int) -> list[tuple[int, int, list[Chun
                 slabs.append((start, stop, members))
             start, members = offset, []
         members.append(chunk)
-        stop = max(stop, offset + chunk.box.sizes[axis])
+        end = offset + chunk.box.sizes[axis]
+        if end > stop:
+            stop = end
     if members:
         slabs.append((start, stop, members))
     return slabs

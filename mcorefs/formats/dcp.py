@@ -241,7 +241,8 @@ class StorageTable:
                 return f"its file name {name!r:.80} is not that of a file in the checkpoint"
             self._paths[name] = str(self.root / name)
         path = self._paths[name]
-        self._ends[path] = max(self._ends.get(path, 0), start + nbytes)
+        if start + nbytes > self._ends.get(path, 0):
+            self._ends[path] = start + nbytes
         return Span(path, start, nbytes, "torch_zip")
 
     def check_files(self, problems: list[str]) -> Mapping[str, FileIdentity]:
@@ -340,6 +341,9 @@ def load_range(path: str, offset: int, nbytes: int) -> object:
 
 def _shape(value: object) -> Shape | None:
     """`value` where it is a tuple of integers (as torch.Size is unpickled)."""
-    if type(value) is tuple and len(value) <= 64 and set(map(type, value)) <= {int}:
-        return value
-    return None
+    if type(value) is not tuple or len(value) > 64:
+        return None
+    for number in value:
+        if type(number) is not int:
+            return None
+    return value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from mcorefs.views import View
@@ -127,11 +128,11 @@ class Rule:
     """Whose layers: those for multi-token prediction are {mtp} by themselves, from 0, and {layer}
     as if they came behind the decoder's. The rule holds where the model has them."""
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         return (self.source,) if isinstance(self.source, str) else self.source
 
-    @property
+    @cached_property
     def stacks_experts(self) -> bool:
         return "{expert}" in self.sources[0] and "{expert}" not in self.hf
 

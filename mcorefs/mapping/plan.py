@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
@@ -170,10 +171,12 @@ def _storage(rule: Rule, place: _Place) -> str:
     return _Place(place.layer, mtp=place.mtp).fill(rule.hf) if rule.sorts_as else ""
 
 
-def natural_key(name: str) -> list[tuple[int, int, str]]:
+@lru_cache(1024)  # all experts of a layer sort as one name
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Numbers sort as numbers, before words (transformers/core_model_loading.py
     dot_natural_key, for names whose words do not end in digits)."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+    parts = name.split(".")
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
 
 
 class _Problems:
