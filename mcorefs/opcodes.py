@@ -22,22 +22,9 @@ SHAPE = b"(" + REF + b"{1,2}+)" + TUPLE + b"(" + CALL + b")?"  # perhaps as a to
 OBJECT = b")\x81\x94}\x94("
 """What NEW matches. EMPTY_TUPLE NEWOBJ MEMOIZE EMPTY_DICT MEMOIZE MARK: how every object with
 attributes begins."""
-_PLAIN = rb"(?:K.|M..|J.{4}|\x8a\x05.{5})"  # no number in which OBJECT could be
-_PLAIN_SIZE = (
-    REF
-    + REF
-    + rb"(?:\("
-    + _PLAIN
-    + rb"*+t|"
-    + _PLAIN
-    + rb"(?:\x85|"
-    + _PLAIN
-    + rb"(?:\x86|"
-    + _PLAIN
-    + rb"\x87)))\x94"
-    + CALL
-)
-CHUNKS = b"(?:" + REF + NEW + _PLAIN_SIZE + _PLAIN_SIZE + SET + b")++"
+PLAIN = rb"(?:K.|M..|J.{4}|\x8a\x05.{5})"  # no number in which OBJECT could be
+PLAIN_SIZE = rb"(?:\((?:%(n)s)*+t|%(n)s(?:\x85|%(n)s(?:\x86|%(n)s\x87)))\x94" % {b"n": PLAIN} + CALL
+CHUNKS = b"(?:" + REF + NEW + (REF + REF + PLAIN_SIZE) * 2 + SET + b")++"
 """A series of chunks, each of which puts eight things into the memo and has OBJECT once."""
 
 _WIDTHS = {0x4B: 2, 0x4D: 3, 0x4A: 5}

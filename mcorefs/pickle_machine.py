@@ -105,6 +105,8 @@ Without = Callable[[str], bool]
 Find = Callable[[str, str], object]
 """find(module, name): a Name, or a value that the name itself is (a dtype)."""
 
+_BARE_OBJECT = b")\x81\x94"
+"""EMPTY_TUPLE NEWOBJ MEMOIZE: one without, or at least not yet."""
 _CALL = b"\x94\x85\x94R\x94"
 """MEMOIZE TUPLE1 MEMOIZE REDUCE MEMOIZE: how every torch.Size ends."""
 _INT4, _UINT2, _UINT4, _UINT8 = Struct("<i"), Struct("<H"), Struct("<I"), Struct("<Q")
@@ -201,6 +203,11 @@ class _Machine:
                         stack += (value, attributes)
                         marked.append(stack)
                         stack = []
+                    elif starts(_BARE_OBJECT, at):
+                        at += len(_BARE_OBJECT)
+                        value = value.call(())
+                        memo.append(value)
+                        stack.append(value)
                     else:
                         stack.append(value)
                 else:

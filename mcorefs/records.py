@@ -16,15 +16,12 @@ from mcorefs.boxes import Shape
 from mcorefs.opcodes import (
     CALL,
     CHUNKS,
-    INT,
     NAME,
     NEW,
     OBJECT,
     SET,
     SHAPE,
-    STR,
     TUPLE,
-    integer,
     integers,
 )
 from mcorefs.pickle_machine import SKIPPED, SPENT, Built, Name, PickleError, Without, recalled
@@ -102,6 +99,8 @@ class Size(Name):
         return args[0]
 
 
+MAX_CHUNK = 512
+"""More bytes than one is pickled as."""
 Filled = tuple[object, int] | None
 
 
@@ -285,10 +284,10 @@ class TensorClass(RecordClass):
         count = 3 + (2 if match[3] is not None else 0) + (3 if call else 1)
         at = match.end()
         while True:  # for each list of up to a thousand that is added
-            if (series := self._chunks.match(data, at)) is None:
+            if (found := self._passed(data, at)) is None:
                 return None
-            count += 8 * data.count(OBJECT, at, series.end())
-            at = series.end()
+            chunks, at = found
+            count += 8 * chunks
             if data[at] != (0x65 if many else 0x61):  # APPENDS, APPEND
                 return None
             at += 1
@@ -298,157 +297,24 @@ class TensorClass(RecordClass):
             if many := data[at : at + 1] == b"(":
                 at += 1
 
-
-class IndexClass(RecordClass):
-    __slots__ = ("_strings",)
-    kind = MetadataIndex
-    _spelling = re.compile(
-        NEW + NAME + STR + NAME + b"(?:N|" + INT + b")(?:" + SHAPE + b")?" + SET, re.DOTALL
-    )
-
-    def filled(self, data: bytes, at: int, memo: list[object]) -> Filled:
-        if (match := self._spelling.match(data, at)) is None:
-            return None
-        first, ref, count, text, second, third, long, short, call = match.groups()
-        references = (first, None, second, None, third, call)
-        if not (
-            _is_whole(text, count) and self._names_are(("fqn", "index", "offset"), references, memo)
-        ):
-            return None
-        made = MetadataIndex()
-        memo += (made, SPENT)
-        made.fqn = _string(ref, text, memo)
-        if third is not None:
-            made.offset = offset = self._shape(long, short)
-            memo += (offset, SPENT, offset) if call else (offset,)
-        return made, match.end()
-
-    def gathered(  # noqa: C901  (one loop: a .metadata has 10^5 of them)
-        self,
-        data: bytes,
-        start: int,
-        at: int,
-        memo: list[object],
-        items: list[object],
-        without: Without | None,
-    ) -> int:
-        """With each its StorageInfo, which is its value in a dict."""
-        if self._series is None:
-            self._series = self._pairs(data, start, at, memo)
-            self._strings: dict[bytes, tuple[object, bool]] = {}
-            if self._series is None:
-                return start
-        following, strings = self._series.match, self._strings
-        at = start
-        while (match := following(data, at)) is not None:
-            ref, count, text, long, short, path_ref, path_count, path_text, offset, length = (
-                match.groups()
-            )
-            if not (_is_whole(text, count) and _is_whole(path_text, path_count)):
-                break
-            if text is not None:
-                fqn: object = str(text, "utf-8", "backslashreplace")
-                needless = without is not None and without(str(fqn))
-            elif (known := strings.get(ref)) is not None:
-                fqn, needless = known
-            else:
-                fqn = _string(ref, None, memo)
-                needless = without is not None and type(fqn) is str and without(fqn)
-                strings[ref] = fqn, needless
-            end = match.end()
-            if needless and data[end] == 0x73:  # SETITEM: the one pair of its dict
-                break
-            index: object = SKIPPED
-            info: object = SKIPPED
-            place: Shape | None = None
-            if not needless:
-                if offset_code := short or long:
-                    place = self._shapes.get(offset_code) or self._shape(long, short)
-                elif long is not None:
-                    place = ()
-                index = MetadataIndex(fqn, place)
-                info = made = StorageInfo(None, integer(offset), integer(length))
-                items += (index, info)
-            memo += (index, SPENT) if text is None else (index, SPENT, fqn)
-            if long is not None or short is not None:
-                memo += (SKIPPED, SPENT, SKIPPED) if needless else (place, SPENT, place)
-            if path_text is not None:
-                path: object = str(path_text, "utf-8", "backslashreplace")
-                memo += (info, SPENT, path)
-            else:
-                memo += (info, SPENT)
-                if (known := strings.get(path_ref)) is None:
-                    strings[path_ref] = known = _string(path_ref, None, memo), False
-                path = known[0]
-            if not needless:
-                made.relative_path = path
-            at = end
-        return at
-
-    def _pairs(
-        self, data: bytes, start: int, at: int, memo: list[object]
-    ) -> re.Pattern[bytes] | None:
-        """What an index and its StorageInfo are in this pickle, if one with an offset comes now."""
-        match = self._spelling.match(data, at)
-        if match is None or match[9] is None or not _is_whole(match[4], match[3]):
-            return None
-        first, second, third = match[1], match[5], match[6]
-        if not self._names_are(
-            ("fqn", "index", "offset"), (first, None, second, None, third, match[9]), memo
-        ):
-            return None
-        at, end = match.end(), match.end() + (2 if data[match.end()] == 0x68 else 5)
-        if data[at] not in b"hj":
-            return None
-        number = int.from_bytes(data[at + 1 : end], "little")
-        kind = memo[number] if number < len(memo) else None
-        info = kind.names(data, end, memo) if isinstance(kind, InfoClass) else None
-        if info is None:
-            return None
-        path, offset, length = map(re.escape, info)
-        return re.compile(
-            (re.escape(data[start : start + 5 if data[start] == 0x6A else start + 2]) + NEW)
-            + (re.escape(first) + _STRICT_STR + re.escape(second) + b"(?:N|" + INT + b")(?:")
-            + (re.escape(third) + TUPLE + CALL + b")?" + SET + re.escape(data[at:end]) + NEW)
-            + (path + _STRICT_STR + offset + b"(" + INT + b")" + length + b"(" + INT + b")" + SET),
-            re.DOTALL,
-        )
-
-
-_STRICT_STR = rb"(?:(h.|j.{4})|\x8c(.)([^\x94]{0,255}+)\x94)"
-
-
-class InfoClass(RecordClass):
-    __slots__ = ()
-    kind = StorageInfo
-    _spelling = re.compile(
-        NEW + NAME + STR + NAME + b"(" + INT + b")" + NAME + b"(" + INT + b")" + SET,
-        re.DOTALL,
-    )
-
-    def filled(self, data: bytes, at: int, memo: list[object]) -> Filled:
-        if (match := self._spelling.match(data, at)) is None:
-            return None
-        first, ref, count, text, second, offset, third, length = match.groups()
-        references = (first, None, second, None, third, None)
-        names = ("relative_path", "offset", "length")
-        if not (_is_whole(text, count) and self._names_are(names, references, memo)):
-            return None
-        made = StorageInfo(None, integer(offset), integer(length))
-        memo += (made, SPENT)
-        made.relative_path = _string(ref, text, memo)
-        return made, match.end()
-
-    def names(self, data: bytes, at: int, memo: list[object]) -> tuple[bytes, bytes, bytes] | None:
-        """The references to the names of its attributes in an object of this class."""
-        match = self._spelling.match(data, at)
-        if match is None or not _is_whole(match[4], match[3]):
-            return None
-        first, second, third = match.group(1, 5, 7)
-        references = (first, None, second, None, third, None)
-        if not self._names_are(("relative_path", "offset", "length"), references, memo):
-            return None
-        return first, second, third
+    def _passed(self, data: bytes, at: int) -> tuple[int, int] | None:
+        """How many chunks there are from `at` on, and where they end. Each 64 KiB there is an
+        opcode (FRAME, nine bytes) between any two others."""
+        count = 0
+        while True:
+            if (series := self._chunks.match(data, at)) is not None:
+                count += data.count(OBJECT, at, series.end())
+                at = series.end()
+            frame = data.find(b"\x95", at, at + MAX_CHUNK)
+            length = int.from_bytes(data[frame + 1 : frame + 9], "little")
+            if frame < 0 or length > len(data):
+                return (count, at) if count else None
+            around = data[at:frame] + data[frame + 9 : frame + 9 + MAX_CHUNK]
+            interrupted = self._chunks.match(around)
+            if interrupted is None:
+                return (count, at + 9 if frame == at else at) if count else None
+            count += around.count(OBJECT, 0, interrupted.end())
+            at += interrupted.end() + 9
 
 
 def _referred(references: bytes, memo: list[object]) -> tuple[object, ...]:
@@ -463,12 +329,12 @@ def _referred(references: bytes, memo: list[object]) -> tuple[object, ...]:
     return tuple(found)
 
 
-def _is_whole(text: bytes | None, count: bytes | None) -> bool:
+def is_whole(text: bytes | None, count: bytes | None) -> bool:
     """Whether a string that is spelled has the length that is said before it."""
     return text is None or count is None or len(text) == count[0]
 
 
-def _string(reference: bytes | None, text: bytes | None, memo: list[object]) -> object:
+def string(reference: bytes | None, text: bytes | None, memo: list[object]) -> object:
     """The string that is referred to, or that is spelled, which goes into the memo."""
     if text is None:
         assert reference is not None

@@ -18,10 +18,9 @@ from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
 from mcorefs.memory import gc_paused
 from mcorefs.pickle_machine import Built, Name, PickleError, SkippedError, Without, run
+from mcorefs.places import IndexClass, InfoClass
 from mcorefs.records import (
     ChunkClass,
-    IndexClass,
-    InfoClass,
     PropertiesClass,
     RecordClass,
     Size,

@@ -20,10 +20,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.dcp import read_directory
 from mcorefs.pickle_machine import SKIPPED, Built, Name
+from mcorefs.places import IndexClass, InfoClass
 from mcorefs.records import (
     ChunkClass,
-    IndexClass,
-    InfoClass,
     PropertiesClass,
     Record,
     RecordClass,
@@ -323,6 +322,35 @@ def test_what_was_left_out_but_is_needed_is_read_after_all() -> None:
     apart = pickle.dumps(dcp.Metadata(whole, storage_data={"model": torch.Size((1, 2))}), 4)
     assert "skipped" in str(seen(apart, _is_of_optimizer))
     assert seen(data, _is_of_optimizer) == seen(data)
+
+
+@pytest.mark.parametrize("width", [0, 1, 5])
+def test_frames_amid_what_is_not_needed(
+    width: int, one_by_one: Callable[[bytes], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each 64 KiB of a pickle something stands between two opcodes, wherever that is."""
+    entries: dict[str, Any] = {"x" * width: dcp.BytesStorageMetadata()}
+    places: dict[Any, Any] = {}
+    for name in ("model.a", "optimizer.a", "optimizer.b", "model.b"):
+        starts = [torch.Size((i, 0)) for i in range(1500)]
+        chunks = [dcp.ChunkStorageMetadata(torch.Size(s), torch.Size((1, 149))) for s in starts]
+        properties = dcp.TensorProperties()
+        entries[name] = dcp.TensorStorageMetadata(properties, torch.Size((9999, 149)), chunks)
+        for i, start in enumerate(starts):
+            index = dcp.MetadataIndex("".join(list(name)) if i % 99 == 0 else name, start, i)
+            places[index] = _StorageInfo(f"__{i // 500}_0.distcp", 149 * i, 38_037)
+    data = pickle.dumps(dcp.Metadata(entries, storage_data=places), 4)
+    assert len(data) > 1 << 19
+    found = loads(data, "it", without=_is_of_optimizer)
+    assert isinstance(found, Attributes)
+    assert [
+        fqn for fqn, entry in vars(found)["state_dict_metadata"].items() if entry is SKIPPED
+    ] == [
+        "optimizer.a",
+        "optimizer.b",
+    ]
+    expected = needed(one_by_one(data), _is_of_optimizer)
+    assert needed(shown(found), _is_of_optimizer) == expected
 
 
 def test_a_dict_of_one_place_that_is_not_needed() -> None:
