@@ -111,12 +111,12 @@ class RecordClass(Name):
 
     kind: type[Built]
 
-    def __init__(self) -> None:
+    def __init__(self, shapes: dict[bytes, Shape]) -> None:
         self._known: set[tuple[bytes | None, ...]] = set()
         """References to names, of which it is known that they are to the right ones: what is in a
         memo does not change."""
-        self._shapes: dict[bytes, Shape] = {}
-        """Tuples by their opcodes: there are few different ones."""
+        self._shapes = shapes
+        """Tuples of the pickle by their opcodes: each is there more than once."""
         self._series: re.Pattern[bytes] | None = None
         """What follows one of them, if more of the kind do; it refers to the right names."""
 

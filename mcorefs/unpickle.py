@@ -122,11 +122,12 @@ def loads(
     Raises CheckpointError if it is not a pickle, is cut short, or is malformed.
     """
     names: dict[tuple[str, str], object] = {}
+    shapes: dict[bytes, Shape] = {}
 
     def find(module: str, name: str) -> object:
         key = module, name
         if key not in names:
-            names[key] = _find(module, name)
+            names[key] = _find(module, name, shapes)
         return names[key]
 
     with gc_paused():
@@ -216,13 +217,13 @@ class _StorageType:
     dtype: DType | None
 
 
-def _find(module: str, name: str) -> object:
+def _find(module: str, name: str, shapes: dict[bytes, Shape]) -> object:
     if module == "torch" and name in BY_TORCH:
         return BY_TORCH[name]
     if module == "torch" and name in _STORAGES:
         return _STORAGES[name]
     if (record := _RECORDS.get((module, name))) is not None:
-        return record()
+        return record(shapes)
     return _KNOWN.get((module, name)) or _Unknown(f"{module}.{name}")
 
 
