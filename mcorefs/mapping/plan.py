@@ -53,6 +53,7 @@ def plan(
     used: set[str] = set()
     planned: list[tuple[object, HfTensor]] = []
     for position, rule in enumerate(family.rules):
+        layer = -1
         for place in _places(rule, facts):
             sources, missing = _sources(rule, place, facts, tensors)
             used.update(sources)
@@ -63,8 +64,12 @@ def plan(
             view = _apply(rule, name, [tensors[s] for s in sources], facts, dtype, problems)
             if view is None:
                 continue
-            tensor = HfTensor(name, view, _storage(rule, place), rule.is_buffer)
-            planned.append((_sort_key(family, rule, name, place, position), tensor))
+            if not rule.sorts_as or place.layer != layer:
+                layer = place.layer  # its experts sort as one, and are of one storage
+                storage = _storage(rule, place)
+                key = _sort_key(family, rule, name, place, position)
+            tensor = HfTensor(name, view, storage, rule.is_buffer)
+            planned.append(((key, position, place.expert), tensor))
     problems.unused(set(tensors) - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
     return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
@@ -152,17 +157,17 @@ def _apply(
 
 
 def _sort_key(family: Family, rule: Rule, name: str, place: _Place, position: int) -> object:
-    """Sort key that reproduces the order of save_pretrained."""
+    """Sort key that reproduces the order of save_pretrained, where it is followed by the position
+    of the rule and the expert."""
     if family.natural_order:
-        sorts_as = place.fill(rule.sorts_as) if rule.sorts_as else name
-        return (natural_key(sorts_as), position, place.expert)
+        return natural_key(place.fill(rule.sorts_as) if rule.sorts_as else name)
     if "{layer}" in rule.hf:
-        return ((1, place.layer), position, place.expert)
+        return (1, place.layer)
     in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
     if "{mtp}" in rule.hf:  # one layer after the other
         first = next(i for i, other in enumerate(family.rules) if "{mtp}" in other.hf)
-        return ((2, 0), first, place.mtp, position)
-    return ((0 if position < in_layers else 2, 0), position, 0, 0)
+        return (2, first, place.mtp)
+    return (0 if position < in_layers else 2, position)
 
 
 def _storage(rule: Rule, place: _Place) -> str:
