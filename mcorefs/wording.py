@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mcorefs.formats import HUGGINGFACE
 from mcorefs.formats.base import MAX_SHOWN
-from mcorefs.inspection import Inspection, LoraFound
-from mcorefs.materialize import Written
 from mcorefs.passthrough import Passthrough
 from mcorefs.shares import Share
-from mcorefs.tree import Source
-from mcorefs.verify import Findings
-from mcorefs.verify.checks import Check
+
+if TYPE_CHECKING:  # not imported by commands that have nothing of them to say
+    from mcorefs.inspection import Inspection, LoraFound
+    from mcorefs.materialize import Written
+    from mcorefs.tree import Source
+    from mcorefs.verify import Findings
+    from mcorefs.verify.checks import Check
 
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
