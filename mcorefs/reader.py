@@ -9,6 +9,7 @@ for that thread, which itself waits for nothing but storage.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import threading
@@ -35,6 +36,8 @@ MIN_RUN = 32 << 10
 """Mean length from which runs are read one by one rather than gathered into tiles."""
 MAX_RUNS = 4096
 """Runs kept for one tensor, at some 150 bytes each."""
+_NUMBERS = itertools.count()
+"""Of readers: in a cache that they share, the id of a view may come to be that of another's."""
 
 
 class TileCache:
@@ -114,19 +117,21 @@ class _Tiled:
 class Reader:
     """Reads tensors and files of one model. Thread-safe; owns no thread.
 
+    `cache` may be shared with other readers; a number makes one of its own, of so many bytes.
     Keeps the views it has read from, and how to read each, for as long as it lives.
     """
 
     def __init__(
         self,
         storage: Storage,
-        cache_bytes: int,
+        cache: TileCache | int,
         tile_bytes: int = TILE_BYTES,
         min_run: int = MIN_RUN,
     ) -> None:
         self._storage = storage
         self._leaf = StorageLeaf(storage)
-        self._cache = TileCache(cache_bytes)
+        self._cache = TileCache(cache) if isinstance(cache, int) else cache
+        self._number = next(_NUMBERS)
         self._tile_bytes, self._min_run = tile_bytes, min_run
         self._ways: dict[int, tuple[View, _Straight | _Tiled]] = {}
         """By id, with the view itself: the id must not become that of another view."""
@@ -180,7 +185,7 @@ class Reader:
             first = number * tiling.rows
             rows = min(tiling.rows, shape[tiling.axis] - first)
             box = _tile_box(shape, tiling.axis, lead, first, rows) if view.shape else Box((), ())
-            key = (id(view), lead * tiling.per_lead + number)
+            key = (self._number, id(view), lead * tiling.per_lead + number)
             skip = inside - first * row_bytes
             count = min(rows * row_bytes - skip, end - at)
             part = target[at - start : at - start + count]

@@ -18,7 +18,7 @@ from mcorefs.memory import cache_budget, gc_paused
 from mcorefs.model import Model, Options, load_at
 from mcorefs.passthrough import WEIGHTS, Passthrough
 from mcorefs.rate import NO_LIMIT, Rate
-from mcorefs.reader import Reader, SafetensorsFile
+from mcorefs.reader import Reader, SafetensorsFile, TileCache
 from mcorefs.remote.ahead import PIECE, AheadFile, ReadAhead
 from mcorefs.storage import FileIdentity, Storage
 
@@ -59,17 +59,34 @@ class Opened:
     """Behind the tensors of `source` and the files of `tree`."""
 
 
-def open_tree(path: Path, options: Options) -> Opened:
+@dataclass(frozen=True)
+class Means:
+    """What a tree is read with."""
+
+    cache_bytes: int
+    rate: Rate = NO_LIMIT
+    deadline: Deadline | None = None
+    max_open: int = 512
+    """Files held open."""
+    cache: TileCache | None = None
+    """One that several trees share, instead of one of `cache_bytes` for each."""
+
+    @staticmethod
+    def of(options: Options) -> Means:
+        """As `options` say. Raises McorefsError if there is not so much memory."""
+        rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
+        deadline = None if options.read_timeout is None else Deadline(options.read_timeout)
+        return Means(cache_budget(options.cache_bytes), rate, deadline)
+
+
+def open_tree(path: Path, options: Options, means: Means | None = None) -> Opened:
     """The tree of whatever is at `path`. Reads no tensor data.
 
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
-    rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
-    deadline = None if options.read_timeout is None else Deadline(options.read_timeout)
-    budget = cache_budget(options.cache_bytes)
     with gc_paused():
         source = source_at(locate(path, options.iteration, options.format), options)
-        tree, reader = build(source, options.shard_size, budget, rate, deadline)
+        tree, reader = build(source, options.shard_size, means or Means.of(options))
     return Opened(source, tree, reader)
 
 
@@ -83,21 +100,17 @@ def source_at(location: Location, options: Options) -> Source:
     return passthrough.read(location, options)
 
 
-def build(
-    source: Source,
-    shard_size: int | str,
-    cache_bytes: int,
-    rate: Rate = NO_LIMIT,
-    deadline: Deadline | None = None,
-) -> tuple[VirtualTree, Reader]:
-    """The tree of `source`, and the reader behind it. Reads no tensor data."""
+def build(source: Source, shard_size: int | str, means: Means | int) -> tuple[VirtualTree, Reader]:
+    """The tree of `source`, and the reader behind it. Reads no tensor data.
+
+    `means` may be just the bytes of the tile cache.
+    """
+    means = Means(means) if isinstance(means, int) else means
     if isinstance(source, Passthrough):
         identities = dict(source.files.values())
-        storage, cache_bytes = _storage(identities, cache_bytes, rate, deadline)
-        served = _ahead(source.serve(storage), storage)
-        return _tree(served, identities), Reader(storage, cache_bytes)
-    storage, cache_bytes = _storage(source.checkpoint.files, cache_bytes, rate, deadline)
-    reader = Reader(storage, cache_bytes)
+        storage, reader = _reader(identities, means)
+        return _tree(_ahead(source.serve(storage), storage), identities), reader
+    storage, reader = _reader(source.checkpoint.files, means)
     layouts, index = lay_out(source.tensors, shard_size)
     files: dict[str, VirtualFile] = {
         "config.json": BytesFile(dump(source.config)),
@@ -112,15 +125,14 @@ def build(
     return _tree(_ahead(files, storage), source.checkpoint.files), reader
 
 
-def _storage(
-    files: Mapping[str, FileIdentity], cache_bytes: int, rate: Rate, deadline: Deadline | None
-) -> tuple[Storage, int]:
-    """(what reads `files`, bytes for the tile cache): of remote files half of it is for blocks, and
-    some for what is read ahead of readers."""
-    storage = Storage(files, remote_bytes=cache_bytes // 2, rate=rate, deadline=deadline)
-    if not storage.is_remote:
-        return storage, cache_bytes
-    return storage, cache_bytes - cache_bytes // 2 - storage.pieces_ahead * PIECE
+def _reader(files: Mapping[str, FileIdentity], means: Means) -> tuple[Storage, Reader]:
+    """What reads `files`. Where there are remote ones, half of the bytes for tiles is for blocks of
+    them, and some for what is read ahead of readers."""
+    cache_bytes = means.cache_bytes
+    storage = Storage(files, means.max_open, cache_bytes // 2, means.rate, means.deadline)
+    if storage.is_remote:
+        cache_bytes -= cache_bytes // 2 + storage.pieces_ahead * PIECE
+    return storage, Reader(storage, cache_bytes if means.cache is None else means.cache)
 
 
 def _ahead(files: dict[str, VirtualFile], storage: Storage) -> dict[str, VirtualFile]:

@@ -133,7 +133,7 @@ def test_any_range_of_any_tensor(
     storage = Storage(disk.flush(), max_open=rng.choice([1, 512]))
     reader = Reader(
         storage,
-        cache_bytes=rng.choice([0, 100, 1000, 1 << 20]),
+        cache=rng.choice([0, 100, 1000, 1 << 20]),
         tile_bytes=rng.choice([16, 100, 4096]),
         min_run=rng.choice([1, 64, 1 << 20]),
     )
