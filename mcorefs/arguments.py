@@ -144,6 +144,14 @@ MaxReadRate = Annotated[
         "storage to a training run.",
     ),
 ]
+AllIterations = Annotated[
+    bool,
+    typer.Option(
+        "--all-iterations",
+        help="Show every iteration of the run as a directory, and `latest`, a link to the newest: "
+        "they appear when their save is complete and go when they are deleted.",
+    ),
+]
 ReadTimeout = Annotated[
     float,
     typer.Option(

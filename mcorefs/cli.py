@@ -18,6 +18,7 @@ from mcorefs import wording
 from mcorefs.arguments import (
     Adapter,
     Address,
+    AllIterations,
     CacheSize,
     Ckpt,
     Dtype,
@@ -43,6 +44,8 @@ from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
 
 if TYPE_CHECKING:
+    from mcorefs.model import Options
+    from mcorefs.mount import MountOptions
     from mcorefs.shares import Share
     from mcorefs.tree import Opened, VirtualTree
 
@@ -67,6 +70,7 @@ def mount(
     ckpt: Ckpt,
     mnt: Annotated[Path, typer.Argument(metavar="MNT", help="An empty directory.")],
     iteration: Iteration = None,
+    all_iterations: AllIterations = False,
     format_name: FormatName = None,
     family: FamilyName = None,
     task: TaskName = None,
@@ -144,12 +148,17 @@ def mount(
         max_read_rate=max_read_rate,
         read_timeout=read_timeout,
     )
+    if foreground:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
+    if all_iterations:
+        if iteration is not None or prefetch:
+            raise typer.BadParameter("--all-iterations takes neither --iteration nor --prefetch")
+        _mount_run(ckpt, mnt, options, mount_options)
+        return
     with gc_paused():
         opened = open_tree(ckpt, options)
         gc.freeze()  # it stays as long as the daemon does, which is forked and so shares it
     source, tree = opened.source, opened.tree
-    if foreground:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
 
     def ready() -> None:
         files = wording.count(len(tree.weights), "file")
@@ -163,6 +172,29 @@ def mount(
     serve(lambda: tree, mnt, mount_options, on_ready=ready)
     if prefetch and not foreground:
         _prefetch(mnt, tree)
+
+
+def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOptions) -> None:
+    """Show all iterations of the run that CKPT is."""
+    from mcorefs.mount import Living, serve
+    from mcorefs.mount.living import LATEST
+    from mcorefs.published import Run, find_run
+
+    run = Run(find_run(ckpt), options.format)
+    living = Living.over(run, options)
+    living.open_newest()
+
+    def ready() -> None:
+        say(f"{wording.count(len(living.names), 'iteration')} of {run.root}, at {mnt}")
+        if living.names:
+            say(f"  the newest is {living.names[-1]}, and where {mnt / LATEST} leads for now: an")
+            say(f"  engine is given the directory itself, as $(realpath {mnt / LATEST})")
+            say(wording.how_to_load(mnt / living.names[-1]))
+        else:
+            say("  none is complete yet: they appear when they have been saved")
+        say(f"Unmount: mcorefs umount {mnt}")
+
+    serve(lambda: living, mnt, mount_options, on_ready=ready)
 
 
 def _prefetch(mnt: Path, tree: VirtualTree) -> None:

@@ -2,11 +2,13 @@
 
 from mcorefs.mount.binding import check_fuse
 from mcorefs.mount.daemon import mounting, serve
+from mcorefs.mount.living import Living
 from mcorefs.mount.mountpoint import MountEntry, check_mountpoint, mounted
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.unmounting import unmount
 
 __all__ = [
+    "Living",
     "MountEntry",
     "MountOptions",
     "check_fuse",

@@ -20,13 +20,14 @@ from mcorefs.errors import McorefsError, MountError
 from mcorefs.mount.binding import check_fuse
 from mcorefs.mount.firstread import Expectation, raise_read_ahead
 from mcorefs.mount.foreground import serve_foreground
+from mcorefs.mount.living import Living
 from mcorefs.mount.mountpoint import check_mountpoint, locate, mounted
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
 from mcorefs.tree import VirtualTree
 
-TreeFactory = Callable[[], VirtualTree]
+TreeFactory = Callable[[], VirtualTree | Living]
 Check = Callable[[Path], None]
 
 _DEFAULT_OPTIONS = MountOptions()
@@ -40,7 +41,7 @@ def serve(
     check: Check | None = None,
     on_ready: Callable[[], None] | None = None,
 ) -> None:
-    """Mount the tree at `mnt`.
+    """Mount a tree, or the trees of a run, at `mnt`.
 
     `tree_factory` is called once, in the process that will serve: threads that it starts live
     on. The tree must not hold relative paths, for the daemon's directory is /. Before the mount
@@ -63,7 +64,7 @@ def serve(
 
 @contextmanager
 def mounting(
-    tree: VirtualTree, mnt: Path, options: MountOptions = _DEFAULT_OPTIONS
+    tree: VirtualTree | Living, mnt: Path, options: MountOptions = _DEFAULT_OPTIONS
 ) -> Iterator[Path]:
     """Serve `tree` at `mnt` from a forked process while the block runs, then unmount."""
     check_fuse(options.allow_other)

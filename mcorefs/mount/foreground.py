@@ -18,6 +18,7 @@ from typing import NoReturn, cast
 
 from mcorefs.errors import McorefsError, MountError
 from mcorefs.mount.firstread import Expectation, raise_read_ahead
+from mcorefs.mount.living import Living
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
@@ -25,7 +26,7 @@ from mcorefs.tree import VirtualTree
 
 
 def serve_foreground(
-    tree_factory: Callable[[], VirtualTree],
+    tree_factory: Callable[[], VirtualTree | Living],
     path: Path,
     options: MountOptions,
     check: Callable[[Path], None] | None,

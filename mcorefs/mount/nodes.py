@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from mcorefs.errors import MountError
 from mcorefs.files import VirtualFile
@@ -28,6 +29,30 @@ class Node:
     attributes: Mapping[str, int]
     file: VirtualFile | None = None
     children: Mapping[str, Node] = field(default_factory=dict)
+    target: str = ""
+    """Of a symbolic link; "" of anything else."""
+
+
+class Nodes(Protocol):
+    """What a mount shows. Nodes are found again by handle, which is the inode number."""
+
+    @property
+    def total_bytes(self) -> int: ...
+
+    @property
+    def count(self) -> int: ...
+
+    def at(self, path: str) -> Node | None:
+        """The node at an absolute path ("/", "/config.json"). Raises OSError."""
+        ...
+
+    def of(self, handle: int) -> Node | None:
+        """The node that was opened. Raises OSError."""
+        ...
+
+    def inside(self, directory: Node) -> Mapping[str, Node]:
+        """What the directory lists. Raises OSError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,14 +64,30 @@ class NodeTable:
 
     by_inode: Sequence[Node | None]
     by_path: Mapping[str, Node]
+    first: int = 0
+    """What every inode number is larger by than its place in `by_inode`."""
 
     @property
     def total_bytes(self) -> int:
         return sum(node.file.size for node in self.by_path.values() if node.file is not None)
 
+    @property
+    def count(self) -> int:
+        return len(self.by_path)
 
-def build_nodes(tree: VirtualTree) -> NodeTable:
-    """The table of `tree`, owned by the calling user.
+    def at(self, path: str) -> Node | None:
+        return self.by_path.get(path)
+
+    def of(self, handle: int) -> Node | None:
+        place = handle - self.first
+        return self.by_inode[place] if 0 <= place < len(self.by_inode) else None
+
+    def inside(self, directory: Node) -> Mapping[str, Node]:
+        return directory.children
+
+
+def build_nodes(tree: VirtualTree, first: int = 0) -> NodeTable:
+    """The table of `tree`, owned by the calling user; inode numbers begin after `first`.
 
     Raises MountError if a path cannot be a file name here.
     """
@@ -65,15 +106,17 @@ def build_nodes(tree: VirtualTree) -> NodeTable:
     for path in sorted(inodes, reverse=True):
         if path in tree.files:
             file = tree.files[path]
-            attributes = _attributes(inodes[path], stat.S_IFREG | 0o444, 1, file.size, tree)
-            node = Node(inodes[path], f"/{path}", attributes, file)
+            inode = first + inodes[path]
+            mode = stat.S_IFREG | 0o444
+            node = Node(
+                inode, f"/{path}", attributes(inode, mode, 1, file.size, tree.mtime_ns), file
+            )
         else:
             inside = dict(sorted(children[path].items()))
             subdirectories = sum(child.file is None for child in inside.values())
-            attributes = _attributes(
-                inodes[path], stat.S_IFDIR | 0o555, 2 + subdirectories, 0, tree
-            )
-            node = Node(inodes[path], f"/{path}", attributes, None, inside)
+            inode, mode = first + inodes[path], stat.S_IFDIR | 0o555
+            about = attributes(inode, mode, 2 + subdirectories, 0, tree.mtime_ns)
+            node = Node(inode, f"/{path}", about, None, inside)
         nodes[path] = node
         if path:
             parent, _, name = path.rpartition("/")
@@ -81,8 +124,8 @@ def build_nodes(tree: VirtualTree) -> NodeTable:
 
     by_inode: list[Node | None] = [None] * (ROOT_INODE + len(nodes))
     for node in nodes.values():
-        by_inode[node.inode] = node
-    return NodeTable(by_inode, {node.path: node for node in nodes.values()})
+        by_inode[node.inode - first] = node
+    return NodeTable(by_inode, {node.path: node for node in nodes.values()}, first)
 
 
 def _parents(path: str) -> list[str]:
@@ -99,7 +142,8 @@ def _check_path(path: str) -> None:
             )
 
 
-def _attributes(inode: int, mode: int, links: int, size: int, tree: VirtualTree) -> dict[str, int]:
+def attributes(inode: int, mode: int, links: int, size: int, mtime_ns: int) -> dict[str, int]:
+    """What stat says of a node that the calling user owns."""
     return {
         "st_ino": inode,
         "st_mode": mode,
@@ -109,7 +153,7 @@ def _attributes(inode: int, mode: int, links: int, size: int, tree: VirtualTree)
         "st_size": size,
         "st_blksize": PREFERRED_IO,
         "st_blocks": -(-size // 512),
-        "st_atime": tree.mtime_ns,
-        "st_mtime": tree.mtime_ns,
-        "st_ctime": tree.mtime_ns,
+        "st_atime": mtime_ns,
+        "st_mtime": mtime_ns,
+        "st_ctime": mtime_ns,
     }

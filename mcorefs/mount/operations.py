@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import NoReturn, Protocol, cast
 
 from mcorefs.errors import McorefsError
-from mcorefs.mount.nodes import BLOCK, Node, NodeTable
+from mcorefs.mount.nodes import BLOCK, Node, Nodes
 
 log = logging.getLogger("mcorefs.mount")
 
@@ -143,7 +143,7 @@ class Operations:
 
     def __init__(
         self,
-        nodes: NodeTable,
+        nodes: Nodes,
         workers: WorkerThreads,
         turns: Turns,
         on_live: Callable[[], None],
@@ -174,7 +174,8 @@ class Operations:
         directory = self._node(path, fh)
         if directory.file is not None:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        for name, node in ((".", directory), ("..", directory), *directory.children.items()):
+        inside = self.nodes.inside(directory)
+        for name, node in ((".", directory), ("..", directory), *inside.items()):
             yield name, node.attributes, 0
 
     def opendir(self, path: str) -> int:
@@ -194,7 +195,7 @@ class Operations:
             "f_bsize": BLOCK,
             "f_frsize": BLOCK,
             "f_blocks": -(-self.nodes.total_bytes // BLOCK),
-            "f_files": len(self.nodes.by_path),
+            "f_files": self.nodes.count,
             "f_namemax": 255,
         }
 
@@ -206,11 +207,36 @@ class Operations:
     rmdir = setxattr = symlink = truncate = unlink = utimens = write = _refuse
 
     def _node(self, path: str | None, fh: int | None) -> Node:
-        table = self.nodes
-        node = table.by_inode[fh] if path is None and fh else table.by_path.get(path or "")
+        node = self.nodes.of(fh) if path is None and fh else self.nodes.at(path or "")
         if node is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return node
+
+
+class Pins(Protocol):
+    """Nodes that want to know which of them are in use."""
+
+    def pin(self, handle: int) -> None: ...
+
+    def unpin(self, handle: int) -> None: ...
+
+
+class LivingOperations(Operations):
+    """The same where there are links, and where files come and go: what is open is kept."""
+
+    def readlink(self, path: str) -> str:
+        target = self._node(path, None).target
+        if not target:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return target
+
+    def open(self, path: str, flags: int) -> int:
+        handle = super().open(path, flags)
+        cast(Pins, self.nodes).pin(handle)
+        return handle
+
+    def release(self, path: str | None, fh: int) -> None:
+        cast(Pins, self.nodes).unpin(fh)
 
 
 class CallableOperations(Operations):
@@ -218,6 +244,10 @@ class CallableOperations(Operations):
 
     def __call__(self, name: str, *arguments: object) -> object:
         return cast(Callable[..., object], getattr(self, name))(*arguments)
+
+
+class CallableLivingOperations(LivingOperations, CallableOperations):
+    """Both."""
 
 
 class InPlaceReads:
@@ -235,7 +265,7 @@ class InPlaceReads:
         info: FileInfoPointer,
     ) -> int:
         self.operations.workers.keep_this()
-        node = self.operations.nodes.by_inode[info.contents.fh]
+        node = self.operations.nodes.of(info.contents.fh)
         if node is None or node.file is None:
             return -errno.EISDIR
         size = min(size, node.file.size - offset)

@@ -15,12 +15,15 @@ from typing import BinaryIO, cast
 
 from mcorefs.errors import MountError
 from mcorefs.mount.binding import LIBFUSE2, Binding, load_binding
+from mcorefs.mount.living import INTERVAL, Living
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import (
     BACKGROUND_REQUESTS,
     REQUEST_BYTES,
+    CallableLivingOperations,
     CallableOperations,
     InPlaceReads,
+    LivingOperations,
     Operations,
     Turns,
     WorkerThreads,
@@ -37,18 +40,25 @@ THREADS = 96
 answer: more than read-ahead can take up, so that the rest of the mount is still answered."""
 _FIXED_THREADS = (3, 12)  # first libfuse with max_threads; its threads never end before it
 
-Option = bool | int | str
+Option = bool | int | float | str
+_OPERATIONS: dict[tuple[bool, bool], type[Operations]] = {
+    (False, False): Operations,
+    (True, False): CallableOperations,
+    (False, True): LivingOperations,
+    (True, True): CallableLivingOperations,
+}
+"""By whether fusepy calls them, and whether iterations come and go."""
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
 def run_session(
-    tree: VirtualTree,
+    served: VirtualTree | Living,
     mnt: Path,
     options: MountOptions,
     messages: BinaryIO,
     on_live: Callable[[], None],
 ) -> None:
-    """Mount `tree` at `mnt` and serve it in this thread and libfuse's own, until unmounted.
+    """Mount `served` at `mnt` and serve it in this thread and libfuse's own, until unmounted.
 
     What libfuse prints until the mount is live goes to `messages`. `on_live` is called when the
     kernel has the mount; it must not touch it. SIGINT, SIGTERM and SIGHUP unmount.
@@ -65,22 +75,26 @@ def run_session(
         restore_stderr()
         on_live()
 
-    operations_class = CallableOperations if binding.flavour is LIBFUSE2 else Operations
+    is_living = isinstance(served, Living)
+    nodes = served if isinstance(served, Living) else build_nodes(served)
     # Older libfuse ends idle threads and starts new ones.
     workers = WorkerThreads(THREADS if binding.version >= _FIXED_THREADS else 0)
-    operations = operations_class(build_nodes(tree), workers, Turns(options.threads), live)
+    operations_class = _OPERATIONS[binding.flavour is LIBFUSE2, is_living]
+    operations = operations_class(nodes, workers, Turns(options.threads), live)
     session_class = type("Session", (InPlaceReads, binding.fuse_class), {})
     serve = cast(Callable[..., object], session_class)
+    mount_options = _libfuse_options(binding, options, INTERVAL if is_living else _FOR_EVER)
     with _stderr_to(messages) as restore_stderr, _default_signals():
         try:
-            serve(operations, str(mnt), foreground=True, **_libfuse_options(binding, options))
+            serve(operations, str(mnt), foreground=True, **mount_options)
         except RuntimeError as error:
             if not lived or error.args != (_ENDED_BY_SIGNAL,):
                 raise MountError(_failure(mnt, binding, messages, lived, error)) from error
 
 
-def _libfuse_options(binding: Binding, options: MountOptions) -> dict[str, Option]:
-    """Options for libfuse, which passes on to the kernel what is the kernel's."""
+def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) -> dict[str, Option]:
+    """Options for libfuse, which passes on to the kernel what is the kernel's: names and attributes
+    are believed for `timeout` seconds."""
     libfuse2 = binding.flavour is LIBFUSE2
     chosen: dict[str, Option] = {
         "ro": True,
@@ -92,9 +106,9 @@ def _libfuse_options(binding: Binding, options: MountOptions) -> dict[str, Optio
         "subtype": "mcorefs",
         "use_ino": True,
         "kernel_cache": True,
-        "attr_timeout": _FOR_EVER,
-        "entry_timeout": _FOR_EVER,
-        "negative_timeout": _FOR_EVER,
+        "attr_timeout": timeout,
+        "entry_timeout": timeout,
+        "negative_timeout": timeout if timeout == _FOR_EVER else 0,
         "max_read": _LIBFUSE2_REQUEST_BYTES if libfuse2 else REQUEST_BYTES,
     }
     if libfuse2:  # libfuse 3 is told when it starts

@@ -11,7 +11,17 @@ transformers and megatron-core are only imported by the writer process (`launche
 """
 
 from .families import SPECS
-from .pool import Fixture, ensure, write
+from .pool import Fixture, ensure, ensure_specs, write
 from .spec import ADAPTED, HEADED, PADDING_VALUE, Spec
 
-__all__ = ["ADAPTED", "HEADED", "PADDING_VALUE", "SPECS", "Fixture", "Spec", "ensure", "write"]
+__all__ = [
+    "ADAPTED",
+    "HEADED",
+    "PADDING_VALUE",
+    "SPECS",
+    "Fixture",
+    "Spec",
+    "ensure",
+    "ensure_specs",
+    "write",
+]

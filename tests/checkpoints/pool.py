@@ -87,9 +87,13 @@ class Fixture:
 
 def ensure(names: Iterable[str]) -> dict[str, Fixture]:
     """The named fixtures, written first if the cache lacks them (all in one process pool)."""
-    cache = cache_directory()
     known = {**SPECS, **ADAPTED, **HEADED}
-    specs = {name: known[name] for name in names}
+    return ensure_specs({name: known[name] for name in names})
+
+
+def ensure_specs(specs: Mapping[str, Spec]) -> dict[str, Fixture]:
+    """Fixtures of any specs, by names of the caller's."""
+    cache = cache_directory()
     fixtures = {
         name: Fixture(spec, cache / f"{name}-{_digest(spec)}") for name, spec in specs.items()
     }

@@ -1,0 +1,293 @@
+"""A run that still trains, as a directory of its iterations: they appear when they are published,
+go when they are rotated away, and `latest` follows the newest.
+
+An iteration is opened when somebody looks into it. Nothing here runs by itself: when somebody looks
+at the mount, and it was not done within INTERVAL seconds, the run's directory is looked at.
+
+No byte of one iteration may be taken for one of another, and the kernel keeps pages by what is the
+same file for libfuse: one path. So a path is never used for two saves. An iteration that is saved
+anew under its old name is shown as a link of that name to a directory `.NAME.N` of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from mcorefs.deadline import Deadline, LateError
+from mcorefs.errors import CheckpointError, McorefsError, ReadFault
+from mcorefs.files import BytesFile, VirtualFile
+from mcorefs.model import Options
+from mcorefs.mount.nodes import ROOT_INODE, Node, NodeTable, attributes, build_nodes
+from mcorefs.published import Published, Run
+from mcorefs.reader import TileCache
+from mcorefs.tree import Means, VirtualTree, open_tree
+
+log = logging.getLogger("mcorefs.mount")
+
+LATEST = "latest"
+ERROR_FILE = "MCOREFS_ERROR.txt"
+INTERVAL = 1.0
+"""Seconds for which what was found is believed, here and by the kernel."""
+SCAN_WITHIN = 5.0
+KEPT = 4
+"""Iterations that stay open although nobody has a file of theirs open."""
+MOST = 16
+"""Iterations open at once, whoever uses them; one that is read again is opened again."""
+READ_WITHIN = 30.0
+"""Seconds that opening an iteration may take, if nothing else is said."""
+RETRY = 10.0
+"""Seconds after which an iteration that could not be opened is tried again."""
+_BITS = 24
+"""Of an inode number, for the files of one iteration; those above say which iteration."""
+_ERROR = (1 << _BITS) - 1
+_LINK = _ERROR - 1
+
+TreeOf = Callable[[Published], VirtualTree]
+
+
+@dataclass
+class _Save:
+    """One save of one iteration: what its path shows never changes."""
+
+    number: int
+    published: Published
+    shown: str
+    """Its name in the mount."""
+    directory: Node
+    opening: threading.Lock = field(default_factory=threading.Lock)
+    table: NodeTable | None = None
+    source: str | None = None
+    """What it was made of when it was first opened: it must be the same ever after."""
+    error: Node | None = None
+    retry_at: float = 0.0
+    users: int = 0
+
+
+class Living:
+    """The nodes of a run (`nodes.Nodes`). Thread-safe."""
+
+    def __init__(self, run: Run, tree_of: TreeOf, patience: float) -> None:
+        """Raises CheckpointError if the run cannot be looked at."""
+        self._run, self._tree_of = run, tree_of
+        self._scans, self._opens = Deadline(min(SCAN_WITHIN, patience)), Deadline(patience)
+        self._lock = threading.Lock()
+        self._scanning = threading.Lock()
+        self._saves: dict[int, _Save] = {}
+        self._by_save: dict[Published, _Save] = {}
+        self._opened: OrderedDict[int, _Save] = OrderedDict()
+        self._found: tuple[Published, ...] = ()
+        self._root = self._directory(ROOT_INODE, "", {}, time.time_ns())
+        self._next_scan = time.monotonic() + INTERVAL
+        self._complaint = ""
+        self._show(run.scan())
+
+    @staticmethod
+    def over(run: Run, options: Options) -> Living:
+        """All iterations opened with `options`, sharing one budget of memory. Raises McorefsError
+        if there is not so much, CheckpointError if the run cannot be looked at."""
+        means = Means.of(options)
+        means = replace(means, cache=TileCache(means.cache_bytes), max_open=means.max_open // KEPT)
+
+        def tree_of(published: Published) -> VirtualTree:
+            return open_tree(published.path, options, means).tree
+
+        return Living(run, tree_of, options.read_timeout or READ_WITHIN)
+
+    @property
+    def names(self) -> list[str]:
+        """The iterations that can be opened, newest last."""
+        return [published.name for published in self._found]
+
+    def open_newest(self) -> Mapping[str, VirtualFile]:
+        """The files that `latest` leads to, by path in the mount; none if nothing is published yet.
+        Raises what opening it does, rather than showing an ERROR_FILE."""
+        if not self._found:
+            return {}
+        save = self._by_save[self._found[-1]]
+        table = save.table or self._open(save)
+        nodes = table.by_path.values()
+        return {save.shown + node.path: node.file for node in nodes if node.file is not None}
+
+    # --- nodes.Nodes ---
+
+    @property
+    def total_bytes(self) -> int:
+        tables = [save.table for save in list(self._opened.values())]
+        return sum(table.total_bytes for table in tables if table is not None)
+
+    @property
+    def count(self) -> int:
+        tables = [save.table for save in list(self._opened.values())]
+        return sum((table.count for table in tables if table is not None), len(self._saves) + 1)
+
+    def at(self, path: str) -> Node | None:
+        self._refresh()
+        name, _, rest = path.lstrip("/").partition("/")
+        node = self._root.children.get(name) if name else self._root
+        if node is None or not rest or node.target:
+            return None if rest else node
+        save = self._saves[node.inode >> _BITS]
+        table = self._table(save)
+        if table is not None:
+            return table.at(f"/{rest}")
+        return save.error if rest == ERROR_FILE else None
+
+    def of(self, handle: int) -> Node | None:
+        if handle == ROOT_INODE:
+            self._refresh()
+            return self._root
+        save = self._saves[handle >> _BITS]
+        if handle == save.directory.inode:
+            return save.directory
+        if handle & _ERROR == _ERROR:
+            return save.error
+        table = self._table(save)
+        if table is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return table.of(handle)
+
+    def inside(self, directory: Node) -> Mapping[str, Node]:
+        if directory.inode == ROOT_INODE:
+            return directory.children
+        save = self._saves[directory.inode >> _BITS]
+        if directory is not save.directory:
+            return directory.children
+        table = self._table(save)
+        if table is None:
+            return {ERROR_FILE: save.error} if save.error is not None else {}
+        return table.by_path["/"].children
+
+    def pin(self, handle: int) -> None:
+        """A file is open: its iteration stays so, if it can."""
+        with self._lock:
+            self._saves[handle >> _BITS].users += 1
+
+    def unpin(self, handle: int) -> None:
+        with self._lock:
+            self._saves[handle >> _BITS].users -= 1
+            self._close_some()
+
+    # --- what there is ---
+
+    def _refresh(self) -> None:
+        if time.monotonic() < self._next_scan or not self._scanning.acquire(blocking=False):
+            return
+        try:
+            found = self._scans.run("scan", self._run.scan, lambda _: None)
+        except (LateError, CheckpointError, OSError) as problem:
+            # A tracker that is being written is no complaint if the next look finds it whole.
+            if str(problem) == self._complaint:
+                log.warning("%s is shown as it was: %s", self._run.root, problem)
+            self._complaint = str(problem)
+        else:
+            self._complaint = ""
+            self._show(found)
+        finally:
+            self._next_scan = time.monotonic() + INTERVAL
+            self._scanning.release()
+
+    def _show(self, found: Mapping[str, Published]) -> None:
+        shown: dict[str, Node] = {}
+        links: dict[str, Node] = {}
+        for name, published in found.items():
+            save = self._by_save.get(published) or self._new(published)
+            shown[save.shown] = save.directory
+            if save.shown != name:
+                links[name] = self._link(save.number, name, save.shown)
+        self._found = tuple(found.values())
+        if self._found:
+            links[LATEST] = self._link(0, LATEST, self._by_save[self._found[-1]].shown)
+        children = {**shown, **links}
+        if _outline(children) != _outline(self._root.children):
+            self._root = self._directory(ROOT_INODE, "", children, time.time_ns())
+
+    def _new(self, published: Published) -> _Save:
+        number = len(self._saves) + 1
+        taken = any(save.published.name == published.name for save in self._saves.values())
+        shown = f".{published.name}.{number}" if taken else published.name
+        inode = (number << _BITS) | ROOT_INODE
+        mtime_ns = max(identity.mtime_ns for _, identity in published.mark)
+        save = _Save(number, published, shown, self._directory(inode, shown, {}, mtime_ns))
+        with self._lock:
+            self._saves[number] = self._by_save[published] = save
+        return save
+
+    @staticmethod
+    def _directory(inode: int, name: str, children: Mapping[str, Node], mtime_ns: int) -> Node:
+        # One link: how many directories are in it is not known yet.
+        about = attributes(inode, stat.S_IFDIR | 0o555, 1, 0, mtime_ns)
+        return Node(inode, f"/{name}", about, None, children)
+
+    @staticmethod
+    def _link(number: int, name: str, target: str) -> Node:
+        inode = (number << _BITS) | _LINK
+        size = len(os.fsencode(target))
+        about = attributes(inode, stat.S_IFLNK | 0o777, 1, size, time.time_ns())
+        return Node(inode, f"/{name}", about, target=target)
+
+    # --- opening ---
+
+    def _table(self, save: _Save) -> NodeTable | None:
+        """The nodes of an iteration, opened if need be; None if it cannot be, as `error` then says.
+        Raises OSError if that takes too long."""
+        with self._lock:
+            if save.table is not None:
+                self._opened.move_to_end(save.number)
+                return save.table
+        with save.opening:
+            if save.table is not None or time.monotonic() < save.retry_at:
+                return save.table
+            what = str(save.published.path)
+            try:
+                return self._opens.run(what, lambda: self._open(save), lambda _: None)
+            except LateError as problem:
+                log.error("%s cannot be looked into, who asks gets EIO: %s", what, problem)
+                raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
+            except (McorefsError, OSError) as problem:
+                self._refuse(save, str(problem))
+                return None
+
+    def _open(self, save: _Save) -> NodeTable:
+        """Even if nobody waits for it any more: the next who looks finds it open."""
+        return self._install(save, self._tree_of(save.published))
+
+    def _install(self, save: _Save, tree: VirtualTree) -> NodeTable:
+        if save.source not in (None, tree.source):
+            raise ReadFault(f"{save.published.path} was saved anew after it was opened")
+        table = build_nodes(tree, save.number << _BITS)
+        with self._lock:
+            save.source, save.table, save.error = tree.source, table, None
+            self._opened[save.number] = save
+            self._close_some(but=save)
+        return table
+
+    def _refuse(self, save: _Save, why: str) -> None:
+        text = BytesFile(f"{why}\n".encode())
+        if save.error is None or save.error.file != text:
+            log.error("%s in %s: %s", ERROR_FILE, save.shown, why.partition("\n")[0])
+        inode = (save.number << _BITS) | _ERROR
+        about = attributes(inode, stat.S_IFREG | 0o444, 1, text.size, time.time_ns())
+        save.error = Node(inode, f"/{save.shown}/{ERROR_FILE}", about, text)
+        save.retry_at = time.monotonic() + RETRY
+
+    def _close_some(self, but: _Save | None = None) -> None:
+        """Forget those looked into longest ago, in use ones last. Called with the lock held."""
+        for most, closes in ((KEPT, False), (MOST, True)):
+            for number, save in list(self._opened.items()):
+                if len(self._opened) <= most:
+                    break
+                if save is not but and (closes or save.users == 0):
+                    del self._opened[number]
+                    save.table = None  # its files are closed when the last read has ended
+
+
+def _outline(children: Mapping[str, Node]) -> dict[str, tuple[int, str]]:
+    return {name: (node.inode, node.target) for name, node in children.items()}
