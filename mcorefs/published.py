@@ -97,7 +97,7 @@ class Run:
             return None
         ranks = [place / "model_optim_rng.pt" for place in readable_children(location.path)[:1]]
         places = [location.path / name for name in _WITNESSES] + ranks
-        mark = _mark(places)
+        mark = _mark(places) or _mark([location.path])
         return Published(child.name, child, number, mark)
 
 

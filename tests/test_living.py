@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from mcorefs.errors import CheckpointError
+from mcorefs.files import read_all
 from mcorefs.model import Options
 from mcorefs.mount import Living, MountOptions, living, mounted, mounting
 from mcorefs.published import Run, find_run
@@ -378,6 +380,57 @@ def test_few_stay_open(saves: tuple[Fixture, Fixture], place: Path) -> None:
     for handle in handles.values():
         nodes.unpin(handle)
     assert len(nodes._opened) == living.KEPT
+
+
+def test_one_that_is_opened_again_must_be_the_same(
+    saves: tuple[Fixture, Fixture], place: Path, tmp_path: Path
+) -> None:
+    """Handles are numbers of files: with one file more they would be those of others."""
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(saves[0].tokenizer, tokenizer)
+    save(saves[0], place / "run", 100)
+    options = Options(vocab_size=saves[0].spec.vocab_size, tokenizer=tokenizer)
+    nodes = Living.over(Run(place / "run"), options)
+    node = nodes.at(f"/iter_0000100/{WEIGHTS}")
+    assert node is not None
+    (tokenizer / "added_tokens.json").write_text("{}")
+    nodes._opened.clear()
+    (opened,) = nodes._saves.values()
+    opened.table = None
+    with pytest.raises(OSError, match="Input/output"):
+        nodes.of(node.inode)
+    error = nodes.at("/iter_0000100/MCOREFS_ERROR.txt")
+    assert error is not None
+    assert error.file is not None
+    assert b"or its tokenizer, is not what it was" in read_all(error.file)
+
+
+def test_a_run_whose_storage_does_not_answer(
+    saves: tuple[Fixture, Fixture], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is shown as it was, and what is new when it has been found."""
+    monkeypatch.setattr(living, "INTERVAL", 0.05)
+    monkeypatch.setattr(living, "SCAN_WITHIN", 0.1)
+    save(saves[0], place / "run", 100)
+    run, go_on = Run(place / "run"), threading.Event()
+    nodes = Living.over(run, Options(read_timeout=5.0))
+    scan = run.scan
+
+    def slow() -> object:
+        assert go_on.wait(30)
+        return scan()
+
+    monkeypatch.setattr(run, "scan", slow)
+    save(saves[1], place / "run", 200)
+    time.sleep(0.1)
+    for _ in range(3):
+        started = time.monotonic()
+        assert nodes.at("/iter_0000200") is None
+        assert nodes.at("/iter_0000100") is not None
+        assert time.monotonic() - started < 0.5
+        time.sleep(0.1)
+    go_on.set()
+    until(lambda: nodes.at("/iter_0000200") is not None, "it is shown")
 
 
 def test_layouts_of_other_trainers(saves: tuple[Fixture, Fixture], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ anew under its old name is shown as a link of that name to a directory `.NAME.N`
 from __future__ import annotations
 
 import errno
-import logging
+import hashlib
 import os
 import stat
 import threading
@@ -26,17 +26,17 @@ from mcorefs.errors import CheckpointError, McorefsError, ReadFault
 from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.model import Options
 from mcorefs.mount.nodes import ROOT_INODE, Node, NodeTable, attributes, build_nodes
+from mcorefs.mount.operations import FaultLog
 from mcorefs.published import Published, Run
 from mcorefs.reader import TileCache
 from mcorefs.tree import Means, VirtualTree, open_tree
-
-log = logging.getLogger("mcorefs.mount")
 
 LATEST = "latest"
 ERROR_FILE = "MCOREFS_ERROR.txt"
 INTERVAL = 1.0
 """Seconds for which what was found is believed, here and by the kernel."""
-SCAN_WITHIN = 5.0
+SCAN_WITHIN = 2.0
+"""Seconds that somebody waits to see what is new; who comes later sees it."""
 KEPT = 4
 """Iterations that stay open although nobody has a file of theirs open."""
 MOST = 16
@@ -64,8 +64,9 @@ class _Save:
     directory: Node
     opening: threading.Lock = field(default_factory=threading.Lock)
     table: NodeTable | None = None
-    source: str | None = None
-    """What it was made of when it was first opened: it must be the same ever after."""
+    content: bytes | None = None
+    """Of what it was when it was first opened, a digest: it must be the same ever after, for the
+    kernel keeps pages, and handles are numbers."""
     error: Node | None = None
     retry_at: float = 0.0
     users: int = 0
@@ -86,8 +87,9 @@ class Living:
         self._found: tuple[Published, ...] = ()
         self._root = self._directory(ROOT_INODE, "", {}, time.time_ns())
         self._next_scan = time.monotonic() + INTERVAL
-        self._complaint = ""
-        self._show(run.scan())
+        self._failures = 0
+        self._faults = FaultLog()
+        self._scan()
 
     @staticmethod
     def over(run: Run, options: Options) -> Living:
@@ -181,18 +183,20 @@ class Living:
         if time.monotonic() < self._next_scan or not self._scanning.acquire(blocking=False):
             return
         try:
-            found = self._scans.run("scan", self._run.scan, lambda _: None)
+            # Even if nobody waits for it any more: what it finds is shown then.
+            self._scans.run("scan", self._scan, lambda _: None)
+            self._failures = 0
         except (LateError, CheckpointError, OSError) as problem:
             # A tracker that is being written is no complaint if the next look finds it whole.
-            if str(problem) == self._complaint:
-                log.warning("%s is shown as it was: %s", self._run.root, problem)
-            self._complaint = str(problem)
-        else:
-            self._complaint = ""
-            self._show(found)
+            self._failures += 1
+            if self._failures > 1:
+                self._faults.report(f"{self._run.root} is shown as it was: {problem}")
         finally:
             self._next_scan = time.monotonic() + INTERVAL
             self._scanning.release()
+
+    def _scan(self) -> None:
+        self._show(self._run.scan())
 
     def _show(self, found: Mapping[str, Published]) -> None:
         shown: dict[str, Node] = {}
@@ -214,7 +218,7 @@ class Living:
         taken = any(save.published.name == published.name for save in self._saves.values())
         shown = f".{published.name}.{number}" if taken else published.name
         inode = (number << _BITS) | ROOT_INODE
-        mtime_ns = max(identity.mtime_ns for _, identity in published.mark)
+        mtime_ns = max((identity.mtime_ns for _, identity in published.mark), default=0)
         save = _Save(number, published, shown, self._directory(inode, shown, {}, mtime_ns))
         with self._lock:
             self._saves[number] = self._by_save[published] = save
@@ -249,7 +253,7 @@ class Living:
             try:
                 return self._opens.run(what, lambda: self._open(save), lambda _: None)
             except LateError as problem:
-                log.error("%s cannot be looked into, who asks gets EIO: %s", what, problem)
+                self._faults.report(f"opening {what} fails, who asks gets EIO: {problem}")
                 raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
             except (McorefsError, OSError) as problem:
                 self._refuse(save, str(problem))
@@ -260,11 +264,15 @@ class Living:
         return self._install(save, self._tree_of(save.published))
 
     def _install(self, save: _Save, tree: VirtualTree) -> NodeTable:
-        if save.source not in (None, tree.source):
-            raise ReadFault(f"{save.published.path} was saved anew after it was opened")
+        content = _digest(tree)
+        if save.content not in (None, content):
+            raise ReadFault(
+                f"{save.published.path}, or its tokenizer, is not what it was when it was first "
+                "opened; unmount and mount again"
+            )
         table = build_nodes(tree, save.number << _BITS)
         with self._lock:
-            save.source, save.table, save.error = tree.source, table, None
+            save.content, save.table, save.error = content, table, None
             self._opened[save.number] = save
             self._close_some(but=save)
         return table
@@ -272,7 +280,7 @@ class Living:
     def _refuse(self, save: _Save, why: str) -> None:
         text = BytesFile(f"{why}\n".encode())
         if save.error is None or save.error.file != text:
-            log.error("%s in %s: %s", ERROR_FILE, save.shown, why.partition("\n")[0])
+            self._faults.report(f"{ERROR_FILE} in {save.shown}: {why.splitlines()[0]}")
         inode = (save.number << _BITS) | _ERROR
         about = attributes(inode, stat.S_IFREG | 0o444, 1, text.size, time.time_ns())
         save.error = Node(inode, f"/{save.shown}/{ERROR_FILE}", about, text)
@@ -287,6 +295,15 @@ class Living:
                 if save is not but and (closes or save.users == 0):
                     del self._opened[number]
                     save.table = None  # its files are closed when the last read has ended
+
+
+def _digest(tree: VirtualTree) -> bytes:
+    digest = hashlib.sha256(tree.source.encode(errors="surrogateescape"))
+    for path, file in tree.files.items():
+        digest.update(f"{path}\n{file.size}\n".encode(errors="surrogateescape"))
+        if isinstance(file, BytesFile):
+            digest.update(file.data)
+    return digest.digest()
 
 
 def _outline(children: Mapping[str, Node]) -> dict[str, tuple[int, str]]:

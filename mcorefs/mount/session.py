@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -33,6 +34,7 @@ from mcorefs.tree import VirtualTree
 
 _FOR_EVER = 86400 * 365
 """Seconds for which the kernel may keep names and attributes: the tree never changes."""
+_OPEN_FILES = 4096
 _LIBFUSE2_REQUEST_BYTES = 128 << 10
 _ENDED_BY_SIGNAL = 8  # libfuse 3, when its handler of SIGINT, SIGTERM or SIGHUP ended the loop
 THREADS = 96
@@ -76,6 +78,8 @@ def run_session(
         on_live()
 
     is_living = isinstance(served, Living)
+    if is_living:
+        _allow_open_files()
     nodes = served if isinstance(served, Living) else build_nodes(served)
     # Older libfuse ends idle threads and starts new ones.
     workers = WorkerThreads(THREADS if binding.version >= _FIXED_THREADS else 0)
@@ -121,6 +125,13 @@ def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) ->
     if options.auto_unmount and shutil.which(binding.flavour.mounter) is not None:
         chosen["auto_unmount"] = True
     return chosen
+
+
+def _allow_open_files() -> None:
+    """As many as this process may have: each iteration keeps some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _failure(
