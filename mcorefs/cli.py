@@ -224,7 +224,9 @@ def _prefetch(mnt: Path, tree: VirtualTree) -> None:
 @app.command()
 def umount(
     mnt: Annotated[Path, typer.Argument(metavar="MNT", help="Where it is mounted.")],
-    force: Annotated[bool, typer.Option("--force", help="Detach it even if it is in use.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Even if it is in use, or does not answer.")
+    ] = False,
 ) -> None:
     """Take a mount away; also one whose daemon has died."""
     from mcorefs.mount import unmount

@@ -3,7 +3,8 @@
 What it is told are files in a directory of orders, looked at for every call:
 
     stall-NAME          reads (and opening, with `stall-open-NAME`) of NAME wait while it exists
-    errno-NAME          "NUMBER COUNT": so many reads of NAME fail with that errno
+    errno-NAME          "NUMBER COUNT": so many reads of NAME fail with that errno, or so many
+                        times opening it with `errno-open-NAME`
 """
 
 from __future__ import annotations
@@ -47,17 +48,13 @@ class Passthrough:
 
     def open(self, path: str, flags: int) -> int:
         self._stall(f"stall-open-{Path(path).name}")
+        self._fail(f"errno-open-{Path(path).name}")
         return os.open(self._real(path), os.O_RDONLY)
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
         name = Path(path).name
         self._stall(f"stall-{name}")
-        with self._lock:
-            order = self._orders / f"errno-{name}"
-            number, count = map(int, order.read_text().split()) if order.exists() else (0, 0)
-            if count > 0:
-                order.write_text(f"{number} {count - 1}")
-                raise OSError(number, os.strerror(number))
+        self._fail(f"errno-{name}")
         return os.pread(fh, size, offset)
 
     def release(self, path: str, fh: int) -> None:
@@ -65,6 +62,14 @@ class Passthrough:
 
     def _real(self, path: str) -> Path:
         return self._source / path.lstrip("/")
+
+    def _fail(self, name: str) -> None:
+        with self._lock:
+            order = self._orders / name
+            number, count = map(int, order.read_text().split()) if order.exists() else (0, 0)
+            if count > 0:
+                order.write_text(f"{number} {count - 1}")
+                raise OSError(number, os.strerror(number))
 
     def _stall(self, order: str) -> None:
         deadline = time.monotonic() + WAITS

@@ -69,7 +69,7 @@ def load_binding() -> Binding:
         "no FUSE library can be loaded"
         + "".join(f"\n  - {failure}" for failure in failures)
         + "\n"
-        + _advice("apt-get install fuse3")
+        + advice("apt-get install fuse3")
     )
 
 
@@ -78,7 +78,7 @@ def check_fuse(allow_other: bool) -> None:
     if not _FUSE_DEVICE.exists():
         raise MountError(
             f"{_FUSE_DEVICE} is missing, so nothing can be mounted here.\n"
-            + _advice("modprobe fuse (in a container: --device /dev/fuse --cap-add SYS_ADMIN)")
+            + advice("modprobe fuse (in a container: --device /dev/fuse --cap-add SYS_ADMIN)")
         )
     # fusermount, though setuid root, opens it with the rights of its caller.
     try:
@@ -86,7 +86,7 @@ def check_fuse(allow_other: bool) -> None:
     except OSError as error:
         raise MountError(
             f"{_FUSE_DEVICE} cannot be opened: {error.strerror}.\n"
-            + _advice(
+            + advice(
                 f"chmod 666 {_FUSE_DEVICE} as root"
                 " (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
             )
@@ -96,7 +96,7 @@ def check_fuse(allow_other: bool) -> None:
     if fusermount() is None:
         raise MountError(
             "neither fusermount3 nor fusermount is in PATH, and a user who is not root cannot"
-            " mount without it.\n" + _advice("apt-get install fuse3")
+            " mount without it.\n" + advice("apt-get install fuse3")
         )
     if allow_other and not _conf_allows_other():
         raise MountError(
@@ -189,7 +189,8 @@ def _conf_allows_other() -> bool:
     return any(line.strip() == "user_allow_other" for line in lines)
 
 
-def _advice(remedy: str) -> str:
+def advice(remedy: str) -> str:
+    """What to do to be able to mount, and what there is instead."""
     return (
         f"To mount: {remedy}\n"
         "Without FUSE: `mcorefs materialize` writes real files, and `mcorefs.open()` reads tensors"

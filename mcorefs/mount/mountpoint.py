@@ -9,7 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from mcorefs.errors import MountError
@@ -18,6 +21,7 @@ FSTYPE = "fuse.mcorefs"
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _OCTAL = re.compile(rb"\\([0-7]{3})")
 _MAX_LINKS = 40
+_ANSWERS_WITHIN = 5.0
 
 
 @dataclass(frozen=True)
@@ -84,13 +88,37 @@ def locate(mnt: Path) -> Path:
     raise MountError(f"{mnt}: too many levels of symbolic links")
 
 
-def is_dead(mountpoint: Path) -> bool:
-    """Whether the mount there has lost its daemon ("Transport endpoint is not connected")."""
-    try:
-        os.statvfs(mountpoint)  # never answered from the kernel's caches, as stat is
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+class Health(Enum):
+    """What a mount does when it is asked something."""
+
+    LIVE = 0
+    DEAD = 1
+    """It has lost its daemon ("Transport endpoint is not connected")."""
+    SILENT = 2
+    """It does not answer: its daemon is stopped, or cannot even die, because storage that hangs
+    holds one of its threads in the kernel. What touches it hangs too."""
+
+
+def health(mountpoint: Path) -> Health:
+    """Asked by a process of its own, which is left behind if it hangs."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.statvfs(mountpoint)  # never answered from the kernel's caches, as stat is
+            os._exit(Health.LIVE.value)
+        except OSError as error:
+            is_dead = error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+            os._exit((Health.DEAD if is_dead else Health.LIVE).value)
+        finally:
+            os._exit(Health.LIVE.value)
+    deadline = time.monotonic() + _ANSWERS_WITHIN
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return Health(os.waitstatus_to_exitcode(status))
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return Health.SILENT
 
 
 def check_mountpoint(mnt: Path) -> None:
@@ -121,12 +149,18 @@ def check_mountpoint(mnt: Path) -> None:
 
 
 def _taken(mnt: Path, entry: MountEntry) -> str:
-    if entry.fstype.startswith("fuse") and is_dead(entry.mountpoint):
+    remedy = f"mcorefs umount {mnt}" if entry.ours else f"umount {mnt}"
+    state = health(entry.mountpoint) if entry.fstype.startswith("fuse") else Health.LIVE
+    if state is Health.SILENT:
+        return (
+            f"{mnt} holds a {entry.fstype} mount that does not answer. If it should be taken away,"
+            f" whoever uses it: {remedy} --force"
+        )
+    if state is Health.DEAD:
         return (
             f"{mnt} holds a dead {entry.fstype} mount: its daemon is gone (Transport endpoint is"
             f" not connected). Remove it with: mcorefs umount {mnt}"
         )
-    remedy = f"mcorefs umount {mnt}" if entry.ours else f"umount {mnt}"
     return (
         f"{mnt} is already a mount point ({entry.fstype} from {entry.source}): mount somewhere"
         f" else, or first remove it with: {remedy}"

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import BinaryIO, cast
 
 from mcorefs.errors import MountError
-from mcorefs.mount.binding import LIBFUSE2, Binding, load_binding
+from mcorefs.mount.binding import LIBFUSE2, Binding, advice, load_binding
 from mcorefs.mount.living import INTERVAL, Living
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import (
@@ -141,7 +141,13 @@ def _failure(
     said = messages.read().decode(errors="replace").strip() or f"no message, exit code {error}"
     what = "stopped serving" if lived else "could not mount"
     major, minor = binding.version
-    return f"libfuse {major}.{minor} {what} {mnt}: {said}"
+    text = f"libfuse {major}.{minor} {what} {mnt}: {said}"
+    if "not permitted" in said.lower() or "permission denied" in said.lower():
+        text += "\n" + advice(
+            "this user needs the right to: in a container --device /dev/fuse --cap-add SYS_ADMIN "
+            "(and --security-opt apparmor:unconfined where AppArmor is used)"
+        )
+    return text
 
 
 def message_file() -> BinaryIO:

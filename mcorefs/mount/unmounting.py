@@ -13,9 +13,9 @@ from pathlib import Path
 
 from mcorefs.errors import MountError
 from mcorefs.mount.binding import fusermount
-from mcorefs.mount.mountpoint import entries_at, is_dead, locate, mounted
+from mcorefs.mount.mountpoint import Health, MountEntry, entries_at, health, locate, mounted
 
-_MNT_DETACH = 2
+_MNT_FORCE, _MNT_DETACH = 1, 2
 _UMOUNT_NOFOLLOW = 8
 _GONE_WITHIN = 10.0
 _NAMED_HOLDERS = 5
@@ -25,8 +25,9 @@ def unmount(mnt: Path, force: bool = False) -> None:
     """Remove the mcorefs mount at `mnt`, and return when it is gone.
 
     A dead mount is detached at once. `force` detaches a busy one too: it disappears from the
-    directory tree, and its daemon ends when the last user has closed its files.
-    Raises MountError if `mnt` is no mcorefs mount or is busy.
+    directory tree, and its daemon ends when the last user has closed its files; of one that does
+    not answer, those who wait for it get an error.
+    Raises MountError if `mnt` is no mcorefs mount, is busy or does not answer.
     """
     entry = mounted(mnt)
     if entry is None:
@@ -38,7 +39,15 @@ def unmount(mnt: Path, force: bool = False) -> None:
         )
     path = entry.mountpoint
     stacked = len(entries_at(path))
-    _detach(path, lazily=force or is_dead(path))
+    state = health(path)
+    if state is Health.SILENT:
+        if not force:
+            raise MountError(
+                f"{mnt} does not answer: its daemon is stopped, or waits for storage that does not "
+                f"answer. To take it away all the same: mcorefs umount --force {mnt}"
+            )
+        _abort(entry, path)
+    _detach(path, lazily=force or state is Health.DEAD)
     deadline = time.monotonic() + _GONE_WITHIN
     while len(entries_at(path)) >= stacked:
         if time.monotonic() > deadline:
@@ -57,9 +66,18 @@ def _detach(path: Path, lazily: bool) -> None:
         raise MountError(f"{path} cannot be unmounted: {os.strerror(reason)}")
 
 
-def _umount2(path: Path, lazily: bool) -> int:
+def _abort(entry: MountEntry, path: Path) -> None:
+    """End the connection to a daemon that does not answer: who waits for it gets ECONNABORTED."""
+    number = entry.device.partition(":")[2]
+    with suppress(OSError):  # only there where fusectl is mounted
+        Path(f"/sys/fs/fuse/connections/{number}/abort").write_text("1")
+        return
+    _umount2(path, lazily=True, forcibly=True)
+
+
+def _umount2(path: Path, lazily: bool, forcibly: bool = False) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazily else 0) | (_MNT_FORCE if forcibly else 0)
     return 0 if libc.umount2(os.fsencode(path), flags) == 0 else ctypes.get_errno()
 
 
