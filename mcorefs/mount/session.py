@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, cast
@@ -35,6 +36,7 @@ from mcorefs.tree import VirtualTree
 _FOR_EVER = 86400 * 365
 """Seconds for which the kernel may keep names and attributes: the tree never changes."""
 _OPEN_FILES = 4096
+_M_ARENA_MAX, _HEAPS = -8, 4
 _LIBFUSE2_REQUEST_BYTES = 128 << 10
 _ENDED_BY_SIGNAL = 8  # libfuse 3, when its handler of SIGINT, SIGTERM or SIGHUP ended the loop
 THREADS = 96
@@ -69,6 +71,7 @@ def run_session(
     binding = load_binding()
     lived = False
     cwd = os.getcwd()
+    _share_heaps()
 
     def live() -> None:
         nonlocal lived
@@ -125,6 +128,12 @@ def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) ->
     if options.auto_unmount and shutil.which(binding.flavour.mounter) is not None:
         chosen["auto_unmount"] = True
     return chosen
+
+
+def _share_heaps() -> None:
+    """Have all threads allocate from few heaps: each keeps the largest answers it ever held."""
+    with suppress(AttributeError, OSError):  # musl has no such thing
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, _HEAPS)
 
 
 def _allow_open_files() -> None:
