@@ -182,16 +182,17 @@ def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOpti
 
     run = Run(find_run(ckpt), options.format)
     living = Living.over(run, options)
-    living.open_newest()
+    source = living.open_newest()
 
     def ready() -> None:
         say(f"{wording.count(len(living.names), 'iteration')} of {run.root}, at {mnt}")
-        if living.names:
-            say(f"  the newest is {living.names[-1]}, and where {mnt / LATEST} leads for now: an")
-            say(f"  engine is given the directory itself, as $(realpath {mnt / LATEST})")
+        if source is not None:
+            say(f"The newest is {wording.summary(source)}")
+            remarks(source)
+            say(f"{mnt / LATEST} leads to it for now; give an engine $(realpath {mnt / LATEST})")
             say(wording.how_to_load(mnt / living.names[-1]))
         else:
-            say("  none is complete yet: they appear when they have been saved")
+            say("None is complete yet: they appear when they have been saved")
         say(f"Unmount: mcorefs umount {mnt}")
 
     serve(lambda: living, mnt, mount_options, on_ready=ready)

@@ -497,11 +497,12 @@ def test_the_command(saves: tuple[Fixture, Fixture], place: Path) -> None:
     run, mnt = place / "run", place / "mnt"
     said = mcorefs("mount", run, mnt, "--all-iterations")
     assert "0 iterations" in said
-    assert "none is complete yet" in said
+    assert "None is complete yet" in said
     mcorefs("umount", mnt)
     save(saves[0], run, 100)
     said = mcorefs("mount", run, mnt, "--all-iterations")
     assert f"1 iteration of {run}, at {mnt}" in said
+    assert f"The newest is Qwen3ForCausalLM from {run}/iter_0000100: " in said
     assert f"$(realpath {mnt}/latest)" in said
     assert (mnt / "latest/config.json").read_bytes().startswith(b"{")
     mcorefs("umount", mnt)

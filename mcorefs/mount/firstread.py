@@ -31,7 +31,7 @@ class Expectation:
     def of(served: VirtualTree | Living) -> Expectation:
         """Asks every file for its first bytes; raises whatever a file that cannot be read does."""
         is_all = isinstance(served, VirtualTree)
-        shown = served.files if isinstance(served, VirtualTree) else served.open_newest()
+        shown = served.files if isinstance(served, VirtualTree) else served.newest_files()
         files = {}
         for path, file in shown.items():
             head = bytearray(min(_HEAD, file.size))

@@ -29,7 +29,7 @@ from mcorefs.mount.nodes import ROOT_INODE, Node, NodeTable, attributes, build_n
 from mcorefs.mount.operations import FaultLog
 from mcorefs.published import Published, Run
 from mcorefs.reader import TileCache
-from mcorefs.tree import Means, VirtualTree, open_tree
+from mcorefs.tree import Means, Opened, Source, VirtualTree, open_tree
 
 LATEST = "latest"
 ERROR_FILE = "MCOREFS_ERROR.txt"
@@ -50,7 +50,7 @@ _BITS = 24
 _ERROR = (1 << _BITS) - 1
 _LINK = _ERROR - 1
 
-TreeOf = Callable[[Published], VirtualTree]
+Opener = Callable[[Published], Opened]
 
 
 @dataclass
@@ -75,9 +75,9 @@ class _Save:
 class Living:
     """The nodes of a run (`nodes.Nodes`). Thread-safe."""
 
-    def __init__(self, run: Run, tree_of: TreeOf, patience: float) -> None:
+    def __init__(self, run: Run, opener: Opener, patience: float) -> None:
         """Raises CheckpointError if the run cannot be looked at."""
-        self._run, self._tree_of = run, tree_of
+        self._run, self._open_tree = run, opener
         self._scans, self._opens = Deadline(min(SCAN_WITHIN, patience)), Deadline(patience)
         self._lock = threading.Lock()
         self._scanning = threading.Lock()
@@ -98,24 +98,32 @@ class Living:
         means = Means.of(options)
         means = replace(means, cache=TileCache(means.cache_bytes), max_open=means.max_open // KEPT)
 
-        def tree_of(published: Published) -> VirtualTree:
-            return open_tree(published.path, options, means).tree
+        def opener(published: Published) -> Opened:
+            return open_tree(published.path, options, means)
 
-        return Living(run, tree_of, options.read_timeout or READ_WITHIN)
+        return Living(run, opener, options.read_timeout or READ_WITHIN)
 
     @property
     def names(self) -> list[str]:
         """The iterations that can be opened, newest last."""
         return [published.name for published in self._found]
 
-    def open_newest(self) -> Mapping[str, VirtualFile]:
-        """The files that `latest` leads to, by path in the mount; none if nothing is published yet.
-        Raises what opening it does, rather than showing an ERROR_FILE."""
+    def open_newest(self) -> Source | None:
+        """What `latest` leads to, from now on open; None if nothing is published yet. Raises what
+        opening it does, rather than showing an ERROR_FILE."""
+        if not self._found:
+            return None
+        save = self._by_save[self._found[-1]]
+        opened = self._open_tree(save.published)
+        self._install(save, opened.tree)
+        return opened.source
+
+    def newest_files(self) -> Mapping[str, VirtualFile]:
+        """The files of the newest iteration by path in the mount; none if it is not open."""
         if not self._found:
             return {}
         save = self._by_save[self._found[-1]]
-        table = save.table or self._open(save)
-        nodes = table.by_path.values()
+        nodes = save.table.by_path.values() if save.table is not None else ()
         return {save.shown + node.path: node.file for node in nodes if node.file is not None}
 
     # --- nodes.Nodes ---
@@ -261,7 +269,7 @@ class Living:
 
     def _open(self, save: _Save) -> NodeTable:
         """Even if nobody waits for it any more: the next who looks finds it open."""
-        return self._install(save, self._tree_of(save.published))
+        return self._install(save, self._open_tree(save.published).tree)
 
     def _install(self, save: _Save, tree: VirtualTree) -> NodeTable:
         content = _digest(tree)
