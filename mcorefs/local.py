@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
@@ -103,6 +104,20 @@ class LocalFiles:
             finally:
                 self._release(handle)
             time.sleep(pause)
+
+    def hold(self) -> None:
+        """Open all files, as far as they may be open at once: what is then deleted can be read on.
+        Those that cannot be opened are left for who reads them."""
+        for path in islice(self._identities, self._max_open):
+            with suppress(ReadFault):
+                self._release(self._open(path))
+
+    def let_go(self) -> None:
+        """Close all files that nobody reads: a deleted one takes up its space until then."""
+        with self._lock:
+            for path, handle in list(self._handles.items()):
+                if handle.users == 0:
+                    os.close(self._handles.pop(path).fd)
 
     def _read(self, path: str, handle: _Handle, offset: int, done: int, out: memoryview) -> int:
         """Fill `out` from `done` on with some bytes, at least one; how many."""

@@ -156,6 +156,14 @@ class Reader:
         view.read_into(box, out, self._leaf)
         return out
 
+    def hold(self) -> None:
+        """Open the shard files, so that they can be read when they have been deleted."""
+        self._storage.hold()
+
+    def let_go(self) -> None:
+        """Close shard files that nobody reads; they are opened again for who does."""
+        self._storage.let_go()
+
     def close(self) -> None:
         """Close the shard files."""
         self._storage.close()

@@ -79,6 +79,15 @@ class Storage:
         else:
             self._files.read_into(path, offset, out)
 
+    def hold(self) -> None:
+        """Open files of this machine, so that they can be read when they have been deleted."""
+        if not self.is_remote:
+            self._files.hold()
+
+    def let_go(self) -> None:
+        """Close files that nobody reads: a deleted one takes up its space until then."""
+        self._files.let_go()
+
     @property
     def is_remote(self) -> bool:
         """Whether a read may take as long as a request to a server."""

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from mcorefs.files import read_all
 from mcorefs.model import Options
 from mcorefs.mount import Living, MountOptions, living, mounted, mounting
 from mcorefs.published import Run, find_run
+from mcorefs.reader import Reader
 from mcorefs.tracker import TRACKER
 from tests.checkpoints import Fixture, Spec, ensure_specs
 
@@ -114,6 +115,14 @@ class Shown:
                 continue
         raise AssertionError("the daemon is gone")
 
+    def held(self) -> int:
+        """How many shards the daemon has open, deleted ones too."""
+        found = 0
+        for fd in Path(f"/proc/{self.server()}/fd").iterdir():
+            with suppress(OSError):
+                found += ".distcp" in os.readlink(fd)
+        return found
+
 
 @contextmanager
 def shown(place: Path, vocab_size: int | None) -> Iterator[Shown]:
@@ -189,6 +198,8 @@ def test_what_is_open_stays_what_it_was(
         fd = os.open(path, os.O_RDONLY)
         os.pread(fd, 100, 0)
         before = os.fstat(fd).st_ino
+        shards = len(list((place / "run/iter_0000100").glob("*.distcp")))
+        until(lambda: mount.held() == shards, "all shards are open")
         shutil.rmtree(place / "run/iter_0000100")
         until(lambda: mount.names() == [], "it has gone")
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -206,10 +217,32 @@ def test_what_is_open_stays_what_it_was(
         assert mount.lines() == []
 
 
-def test_shards_that_were_not_read_before_they_went(
+def test_what_is_open_can_be_read_to_its_end(
     often: None, saves: tuple[Fixture, Fixture], place: Path
 ) -> None:
+    """Though nothing of it was read before it was deleted, by rotation."""
+    save(saves[0], place / "run", 100)
+    with shown(place, saves[0].spec.vocab_size) as mount:
+        until(lambda: mount.held() == 0, "nothing is held of what nobody has open")
+        fd = os.open(mount.mnt / "iter_0000100" / WEIGHTS, os.O_RDONLY)
+        shards = len(list((place / "run/iter_0000100").glob("*.distcp")))
+        until(lambda: mount.held() == shards, "all shards are open")
+        shutil.rmtree(place / "run/iter_0000100")
+        until(lambda: mount.names() == [], "it has gone")
+        assert os.pread(fd, 1 << 24, 0) == weights(saves[0])
+        assert mount.held() == shards
+        os.close(fd)
+        until(lambda: mount.held() == 0, "the space of what was deleted is free")
+
+
+def test_shards_that_were_not_open_before_they_went(
+    often: None,
+    saves: tuple[Fixture, Fixture],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """They cannot be read any more: EIO and a line, and nothing of what has taken their place."""
+    monkeypatch.setattr(Reader, "hold", lambda self: None)  # as if there were too many
     first, second = saves
     save(first, place / "run", 100)
     with shown(place, first.spec.vocab_size) as mount:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import resource
 import stat
 import threading
 import time
@@ -28,7 +29,7 @@ from mcorefs.model import Options
 from mcorefs.mount.nodes import ROOT_INODE, Node, NodeTable, attributes, build_nodes
 from mcorefs.mount.operations import FaultLog
 from mcorefs.published import Published, Run
-from mcorefs.reader import TileCache
+from mcorefs.reader import Reader, TileCache
 from mcorefs.tree import Means, Opened, Source, VirtualTree, open_tree
 
 LATEST = "latest"
@@ -43,6 +44,8 @@ MOST = 16
 """Iterations open at once, whoever uses them; one that is read again is opened again."""
 READ_WITHIN = 30.0
 """Seconds that opening an iteration may take, if nothing else is said."""
+OPEN_FILES = 8192
+"""Shards open at once, if the system allows so many."""
 RETRY = 10.0
 """Seconds after which an iteration that could not be opened is tried again."""
 _BITS = 24
@@ -64,6 +67,7 @@ class _Save:
     directory: Node
     opening: threading.Lock = field(default_factory=threading.Lock)
     table: NodeTable | None = None
+    reader: Reader | None = None
     content: bytes | None = None
     """Of what it was when it was first opened, a digest: it must be the same ever after, for the
     kernel keeps pages, and handles are numbers."""
@@ -96,7 +100,10 @@ class Living:
         """All iterations opened with `options`, sharing one budget of memory. Raises McorefsError
         if there is not so much, CheckpointError if the run cannot be looked at."""
         means = Means.of(options)
-        means = replace(means, cache=TileCache(means.cache_bytes), max_open=means.max_open // KEPT)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, OPEN_FILES)
+        max_open = max(16, min(means.max_open, (most - 256) // MOST))
+        means = replace(means, cache=TileCache(means.cache_bytes), max_open=max_open)
 
         def opener(published: Published) -> Opened:
             return open_tree(published.path, options, means)
@@ -115,7 +122,7 @@ class Living:
             return None
         save = self._by_save[self._found[-1]]
         opened = self._open_tree(save.published)
-        self._install(save, opened.tree)
+        self._install(save, opened)
         return opened.source
 
     def newest_files(self) -> Mapping[str, VirtualFile]:
@@ -176,14 +183,30 @@ class Living:
         return table.by_path["/"].children
 
     def pin(self, handle: int) -> None:
-        """A file is open: its iteration stays so, if it can."""
+        """A file is open: its iteration stays so, if it can, and can be read when it is deleted."""
         with self._lock:
-            self._saves[handle >> _BITS].users += 1
+            save = self._saves[handle >> _BITS]
+            save.users += 1
+            reader = save.reader if save.users == 1 else None
+        if reader is not None:
+            # On its own: opening files may take long, and nobody waits for it.
+            hold = threading.Thread(target=self._hold, args=(save, reader), daemon=True)
+            hold.start()
 
     def unpin(self, handle: int) -> None:
         with self._lock:
-            self._saves[handle >> _BITS].users -= 1
+            save = self._saves[handle >> _BITS]
+            save.users -= 1
             self._close_some()
+            reader = save.reader if save.users == 0 else None
+        if reader is not None:
+            reader.let_go()  # what training deletes must free its space
+
+    @staticmethod
+    def _hold(save: _Save, reader: Reader) -> None:
+        reader.hold()
+        if save.users == 0:
+            reader.let_go()
 
     # --- what there is ---
 
@@ -269,18 +292,19 @@ class Living:
 
     def _open(self, save: _Save) -> NodeTable:
         """Even if nobody waits for it any more: the next who looks finds it open."""
-        return self._install(save, self._open_tree(save.published).tree)
+        return self._install(save, self._open_tree(save.published))
 
-    def _install(self, save: _Save, tree: VirtualTree) -> NodeTable:
-        content = _digest(tree)
+    def _install(self, save: _Save, opened: Opened) -> NodeTable:
+        content = _digest(opened.tree)
         if save.content not in (None, content):
             raise ReadFault(
                 f"{save.published.path}, or its tokenizer, is not what it was when it was first "
                 "opened; unmount and mount again"
             )
-        table = build_nodes(tree, save.number << _BITS)
+        table = build_nodes(opened.tree, save.number << _BITS)
         with self._lock:
             save.content, save.table, save.error = content, table, None
+            save.reader = opened.reader
             self._opened[save.number] = save
             self._close_some(but=save)
         return table
@@ -302,7 +326,9 @@ class Living:
                     break
                 if save is not but and (closes or save.users == 0):
                     del self._opened[number]
-                    save.table = None  # its files are closed when the last read has ended
+                    save.table = save.reader = (
+                        None  # its files are closed when the last read has ended
+                    )
 
 
 def _digest(tree: VirtualTree) -> bytes:

@@ -17,7 +17,7 @@ from typing import BinaryIO, cast
 
 from mcorefs.errors import MountError
 from mcorefs.mount.binding import LIBFUSE2, Binding, advice, load_binding
-from mcorefs.mount.living import INTERVAL, Living
+from mcorefs.mount.living import INTERVAL, OPEN_FILES, Living
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import (
     BACKGROUND_REQUESTS,
@@ -35,7 +35,6 @@ from mcorefs.tree import VirtualTree
 
 _FOR_EVER = 86400 * 365
 """Seconds for which the kernel may keep names and attributes: the tree never changes."""
-_OPEN_FILES = 4096
 _M_ARENA_MAX, _HEAPS = -8, 4
 _LIBFUSE2_REQUEST_BYTES = 128 << 10
 _ENDED_BY_SIGNAL = 8  # libfuse 3, when its handler of SIGINT, SIGTERM or SIGHUP ended the loop
@@ -139,7 +138,7 @@ def _share_heaps() -> None:
 def _allow_open_files() -> None:
     """As many as this process may have: each iteration keeps some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
