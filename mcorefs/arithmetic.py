@@ -10,7 +10,7 @@ import numpy as np
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import BF16, F16, F32, DType
-from mcorefs.views import Array, Computed, Leaf, View
+from mcorefs.views import Array, Computed, Elementwise, Leaf, View
 
 _FLOATS = (BF16, F16, F32)
 _BLOCK = (64, 4096)
@@ -83,7 +83,7 @@ class Addmm(Computed):
 
 
 @dataclass(frozen=True, slots=True)
-class Add(Computed):
+class Add(Elementwise):
     """`source` + `other`: (source.float() + other).to(source.dtype), bit for bit."""
 
     source: View

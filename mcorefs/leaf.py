@@ -12,10 +12,11 @@ from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.errors import ReadFault
 from mcorefs.index import Chunk, StoredTensor
 from mcorefs.storage import Placed, Storage
-from mcorefs.views import Array
+from mcorefs.views import Array, View
 
-GATHER_BYTES = 8 << 20
-"""Most bytes taken from disk at once for elements that do not lie together."""
+GATHER_BYTES = 1 << 20
+"""Most bytes taken from disk at once for elements that do not lie together: so few that they are
+still in the processor's cache when they are put in place."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,34 @@ def _halves(box: Box, axis: int) -> Iterator[tuple[Box, tuple[slice, ...]]]:
         offsets = (*box.offsets[:axis], box.offsets[axis] + low, *box.offsets[axis + 1 :])
         sizes = (*box.sizes[:axis], high - low, *box.sizes[axis + 1 :])
         yield Box(offsets, sizes), (*lead, slice(low, high))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What reading a box takes: elements from disk, in so many pieces."""
+
+    elements: int
+    pieces: int
+
+
+def cost(view: View, box: Box) -> Cost | None:
+    """What StorageLeaf would read for `box` of `view`; None if it would have to decode chunks.
+
+    The view is made to fill an array that the leaf does not touch. Places nothing, reads nothing.
+    """
+    elements = pieces = 0
+    encoded = False
+
+    def note(tensor: StoredTensor, box: Box, out: Array) -> None:
+        nonlocal elements, pieces, encoded
+        for chunk, part in tensor.overlapping(box):
+            encoded = encoded or chunk.span.encoding is not None
+            strides = chunk.span.strides or row_major_strides(chunk.box.sizes)
+            elements += _stretch(strides, part.relative_to(chunk.box.offsets))[1]
+            pieces += 1
+
+    view.read_into(box, np.empty(box.sizes, view.dtype.carrier), note)
+    return None if encoded else Cost(elements, pieces)
 
 
 @dataclass(frozen=True, slots=True)

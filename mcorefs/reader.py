@@ -1,10 +1,12 @@
 """Bytes of virtual safetensors files: header, straight reads, and tiles under a budget.
 
 A tensor whose bytes lie in few long runs is read straight from the shards into the caller's
-buffer. Any other (row-parallel weights, casts) is computed a *tile* at a time: a contiguous box of
-about TILE_BYTES, kept in an LRU cache, so that the many small requests of one page-faulting reader
-do not each pay for gathering it. A tile is computed by the first thread that wants it; others wait
-for that thread, which itself waits for nothing but storage.
+buffer. One of which any range can be put together from little more than its own bytes (row-parallel
+weights, casts) is *gathered* anew for each request. Any other (transposed weights, matrices added)
+is computed a *tile* at a time: a contiguous box of about TILE_BYTES, or of so many that its source
+is read once, kept in an LRU cache, so that the many small requests of one page-faulting reader do
+not each pay for it. A tile is computed by the first thread that wants it; others wait for that
+thread, which itself waits for nothing but storage.
 """
 
 from __future__ import annotations
@@ -16,17 +18,18 @@ import threading
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mcorefs.boxes import Box, Shape
+from mcorefs.boxes import Box, Shape, flat_range_boxes
 from mcorefs.index import StoredTensor
 from mcorefs.layout import SafetensorsLayout
-from mcorefs.leaf import Run, StorageLeaf, runs
+from mcorefs.leaf import Run, StorageLeaf, cost, runs
 from mcorefs.storage import Storage
-from mcorefs.views import Array, Leaf, View, moves_only
+from mcorefs.views import Array, Leaf, View, elementwise, moves_only
 
 if TYPE_CHECKING:
     from cachetools import LRUCache
@@ -36,6 +39,15 @@ MIN_RUN = 32 << 10
 """Mean length from which runs are read one by one rather than gathered into tiles."""
 MAX_RUNS = 4096
 """Runs kept for one tensor, at some 150 bytes each."""
+PAGE, REQUEST_BYTES = 4 << 10, 128 << 10
+"""The least a reader asks for, and what one that faults pages in asks for at a time."""
+PIECES_OF_RUN = 8
+"""Pieces that a MIN_RUN of a gathered request may consist of, on average."""
+MAX_EXCESS = 1.25
+"""Elements read for each that is asked for, up to which a box is cheap."""
+MAX_TILE_BYTES = 64 << 20
+MAX_LARGE = 2
+"""Tiles of more than TILE_BYTES computed at a time: they are what many threads' memory would be."""
 _NUMBERS = itertools.count()
 """Of readers: in a cache that they share, the id of a view may come to be that of another's."""
 
@@ -52,6 +64,7 @@ class TileCache:
         )
         self._pending: dict[Hashable, Future[Array]] = {}
         self._lock = threading.Lock()
+        self._large = threading.BoundedSemaphore(MAX_LARGE)
 
     def __contains__(self, key: Hashable) -> bool:
         with self._lock:
@@ -69,8 +82,10 @@ class TileCache:
         if pending is not None:
             return pending.result()
         try:
-            tile = np.empty(box.sizes, view.dtype.carrier)
-            view.read_into(box, tile, leaf)
+            large = box.volume * view.dtype.itemsize > TILE_BYTES
+            with self._large if large else nullcontext():
+                tile = np.empty(box.sizes, view.dtype.carrier)
+                view.read_into(box, tile, leaf)
             tile.flags.writeable = False
         except BaseException as problem:
             with self._lock:
@@ -105,6 +120,11 @@ class _Straight:
 
 
 @dataclass(frozen=True)
+class _Gathered:
+    """A tensor of which any range is cheap to put together."""
+
+
+@dataclass(frozen=True)
 class _Tiled:
     """A tensor cut into tiles: `rows` indices of `axis`, all of the axes behind it."""
 
@@ -112,6 +132,9 @@ class _Tiled:
     rows: int
     per_lead: int
     """Tiles for each index of the axes before `axis`."""
+
+
+_Way = _Straight | _Gathered | _Tiled
 
 
 class Reader:
@@ -133,7 +156,7 @@ class Reader:
         self._cache = TileCache(cache) if isinstance(cache, int) else cache
         self._number = next(_NUMBERS)
         self._tile_bytes, self._min_run = tile_bytes, min_run
-        self._ways: dict[int, tuple[View, _Straight | _Tiled]] = {}
+        self._ways: dict[int, tuple[View, _Way]] = {}
         """By id, with the view itself: the id must not become that of another view."""
 
     def read_tensor(self, view: View, start: int, out: memoryview) -> None:
@@ -147,6 +170,8 @@ class Reader:
             for run, inside, count in way.pieces(start, len(out)):
                 self._storage.read_into(run.path, run.offset + inside, out[done : done + count])
                 done += count
+        elif isinstance(way, _Gathered):
+            self._gather(view, start, out)
         else:
             self._read_tiles(view, way, start, out)
 
@@ -168,18 +193,69 @@ class Reader:
         """Close the shard files."""
         self._storage.close()
 
-    def _way_of(self, view: View) -> _Straight | _Tiled:
+    def _way_of(self, view: View) -> _Way:
         known = self._ways.get(id(view))
         if known is None:
             known = self._ways[id(view)] = view, self._way(view)
         return known[1]
 
-    def _way(self, view: View) -> _Straight | _Tiled:
+    def _way(self, view: View) -> _Way:
         if moves_only(view):
             found = _as_runs(self._storage, view, self._min_run)
             if found is not None:
                 return _Straight(found, tuple(run.start for run in found))
-        return _tiling(view.shape or (1,), view.dtype.itemsize, self._tile_bytes)
+        if elementwise(view) and not self._storage.is_remote and self._is_cheap(view):
+            return _Gathered()
+        return self._tiling(view)
+
+    def _is_cheap(self, view: View) -> bool:
+        """Whether few and long pieces make up a request, with little between them."""
+        if 0 in view.shape:
+            return True
+        for nbytes, piece in ((PAGE, 0), (REQUEST_BYTES, self._min_run // PIECES_OF_RUN)):
+            box = _first_box(view, nbytes)
+            found = cost(view, box)
+            if (
+                found is None
+                or found.elements > MAX_EXCESS * box.volume
+                or found.pieces * piece > box.volume * view.dtype.itemsize
+            ):
+                return False
+        return True
+
+    def _tiling(self, view: View) -> _Tiled:
+        """Tiles of the usual size, or so large that what they are made of is not read many times
+        over: a tile of a transposed matrix takes a little of each row, and all that is between."""
+        nbytes = self._tile_bytes
+        if moves_only(view) and 0 not in view.shape:
+            box = _first_box(view, nbytes)
+            found = cost(view, box)
+            if found is not None and found.elements > MAX_EXCESS * box.volume:
+                # A sixteenth more: from the first element to the last is not quite the whole.
+                wanted = found.elements * view.dtype.itemsize * 17 // 16
+                larger = max(nbytes, min(wanted, MAX_TILE_BYTES, self._cache.budget // 4))
+                box_of_larger = _first_box(view, larger)
+                again = cost(view, box_of_larger)
+                assert again is not None
+                excess = again.elements / box_of_larger.volume
+                if excess * MAX_EXCESS <= found.elements / box.volume:
+                    nbytes = larger
+        return _tiling(view.shape or (1,), view.dtype.itemsize, nbytes)
+
+    def _gather(self, view: View, start: int, out: memoryview) -> None:
+        size, end = view.dtype.itemsize, start + len(out)
+        first, last = start // size, -(-end // size)
+        whole = np.frombuffer(out, np.uint8)
+        if first * size != start or last * size != end:  # of an element only some bytes are wanted
+            whole = np.empty((last - first) * size, np.uint8)
+        at, step = 0, max(1, self._tile_bytes // size)
+        for low in range(first, last, step):
+            for box in flat_range_boxes(view.shape, low, min(low + step, last)):
+                part = whole[at : at + box.volume * size]
+                view.read_into(box, part.view(view.dtype.carrier).reshape(box.sizes), self._leaf)
+                at += len(part)
+        if at != len(out):
+            out[:] = whole[start - first * size :][: len(out)].data
 
     def _read_tiles(self, view: View, tiling: _Tiled, start: int, out: memoryview) -> None:
         size, shape = view.dtype.itemsize, view.shape or (1,)
@@ -210,6 +286,12 @@ def _tile_box(shape: Shape, axis: int, lead: int, first: int, rows: int) -> Box:
     index = tuple(int(i) for i in np.unravel_index(lead, shape[:axis])) if axis else ()
     rest = shape[axis + 1 :]
     return Box((*index, first, *(0,) * len(rest)), (*(1,) * axis, rows, *rest))
+
+
+def _first_box(view: View, nbytes: int) -> Box:
+    """The first tile of `nbytes`."""
+    tiling = _tiling(view.shape or (1,), view.dtype.itemsize, nbytes)
+    return _tile_box(view.shape, tiling.axis, 0, 0, tiling.rows) if view.shape else Box((), ())
 
 
 def _tiling(shape: Shape, itemsize: int, tile_bytes: int) -> _Tiled:

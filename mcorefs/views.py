@@ -49,6 +49,12 @@ class Computed:
     __slots__ = ()
 
 
+class Elementwise(Computed):
+    """A computed node each of whose elements is made of the one at its place in `sources`."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor as the checkpoint holds it."""
@@ -271,7 +277,7 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
-class To(Computed):
+class To(Elementwise):
     """The values of `source` as another float dtype, rounded to nearest even: the bits of
     torch.Tensor.to. A nan stays a nan; its other bits are not kept, and torch's own vary.
 
@@ -335,6 +341,12 @@ def leaves(view: View) -> Iterator[StoredTensor]:
 def moves_only(view: View) -> bool:
     """Whether the bytes of `view` are bytes of its stored tensors, only arranged anew."""
     return not isinstance(view, Computed) and all(moves_only(source) for source in view.sources)
+
+
+def elementwise(view: View) -> bool:
+    """Whether each element of `view` is made of one element of its stored tensors."""
+    plain = not isinstance(view, Computed) or isinstance(view, Elementwise)
+    return plain and all(elementwise(source) for source in view.sources)
 
 
 def _replace(values: Shape, axis: int, value: int) -> Shape:

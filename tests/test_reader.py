@@ -32,7 +32,7 @@ from mcorefs.leaf import StorageLeaf
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.reader import Reader, SafetensorsFile, TileCache
 from mcorefs.storage import FileIdentity, Storage, regular_file
-from mcorefs.views import Array, Cat, Narrow, Stack, Stored, To, View, moves_only
+from mcorefs.views import Array, Cat, Narrow, Permute, Stack, Stored, To, View, moves_only
 from tests.graphs import Memory, assert_same, graphs
 
 U8 = BY_NAME["U8"]
@@ -289,14 +289,14 @@ def test_a_tile_is_computed_once_however_many_want_it(
     storage, tensor, array = shard
     storage.before = lambda: time.sleep(0.2)
     reader = Reader(storage, 1 << 20)
-    view = To(Stored(tensor), F32)
+    view = Permute(Stored(tensor), (1, 0))
     barrier = threading.Barrier(THREADS)
 
     def read(number: int) -> bytes:
         barrier.wait()
         return read_range(reader, view, number * 100, 100)
 
-    content = cast(array)
+    content = array.T.tobytes()
     assert list(pool.map(read, range(THREADS))) == [
         content[number * 100 : number * 100 + 100] for number in range(THREADS)
     ]
@@ -316,7 +316,7 @@ def test_a_fault_reaches_all_who_wait_and_is_not_kept(
 
     storage.before = fail
     reader = Reader(storage, 1 << 20)
-    view = To(Stored(tensor), F32)
+    view = Permute(Stored(tensor), (1, 0))
     barrier = threading.Barrier(THREADS)
 
     def read(_: int) -> str:
@@ -329,7 +329,7 @@ def test_a_fault_reaches_all_who_wait_and_is_not_kept(
     assert set(pool.map(read, range(THREADS))) == {"the disk is on fire"}
     assert len(storage.asked) == 1
     storage.before = lambda: None
-    assert read_range(reader, view, 0, 10) == cast(array)[:10]
+    assert read_range(reader, view, 0, 10) == array.T.tobytes()[:10]
 
 
 def test_tiles_are_kept_up_to_the_budget(shard: Shard) -> None:
@@ -362,10 +362,65 @@ def test_tiles_are_kept_up_to_the_budget(shard: Shard) -> None:
 def test_a_tile_over_the_budget_is_served_and_not_kept(shard: Shard, budget: int) -> None:
     storage, tensor, array = shard
     reader = Reader(storage, budget)
-    view = To(Stored(tensor), F32)
+    view = Permute(Stored(tensor), (1, 0))
     for _ in range(2):
-        assert read_range(reader, view, 77, 1000) == cast(array)[77:1077]
+        assert read_range(reader, view, 77, 1000) == array.T.tobytes()[77:1077]
     assert len(storage.asked) == 2
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_columns_cut_over_files_are_gathered_without_waste(tmp_path: Path, parts: int) -> None:
+    """Row-parallel weights: whatever is asked for, just that is read, and nothing is kept."""
+    arrays = [noise(64, 256, seed=i) for i in range(parts)]
+    shards = [Stored(written(tmp_path / f"{i}", array, BF16)) for i, array in enumerate(arrays)]
+    view, content = Cat(tuple(shards), 1), np.concatenate(arrays, axis=1).tobytes()
+    storage = Watched(identities(*tmp_path.iterdir()))
+    reader = Reader(storage, 1 << 20, min_run=1024)
+    for start, length in ((0, len(content)), (700, 4096), (4096, 100), (1, 1), (513, 9999), (8, 0)):
+        storage.asked.clear()
+        assert read_range(reader, view, start, length) == content[start : start + length]
+        assert sum(asked.nbytes for asked in storage.asked) <= length + 2
+        assert len(storage.asked) <= 3 * parts
+
+
+@pytest.mark.parametrize("rows", [100, 300])
+def test_a_transposed_tensor_is_read_once(tmp_path: Path, rows: int) -> None:
+    """Asked for in small pieces, in tiles that each need all rows of what they are made of."""
+    array = noise(3, rows, 400)
+    view = Permute(Stored(written(tmp_path / "shard", array, BF16)), (0, 2, 1))
+    content = array.transpose(0, 2, 1).tobytes()
+    storage = Watched(identities(tmp_path / "shard"))
+    reader = Reader(storage, 1 << 20, tile_bytes=16 << 10)
+    step = 4 << 10
+    found = [
+        read_range(reader, view, i, min(step, len(content) - i))
+        for i in range(0, len(content), step)
+    ]
+    assert b"".join(found) == content
+    assert sum(asked.nbytes for asked in storage.asked) <= 1.01 * len(content)
+
+
+def test_large_tiles_are_computed_a_few_at_a_time(tmp_path: Path, pool: ThreadPoolExecutor) -> None:
+    array = noise(5, 2048, 1600)  # 6.6 MB each
+    view = Permute(Stored(written(tmp_path / "shard", array, BF16)), (0, 2, 1))
+    storage = Watched(identities(tmp_path / "shard"))
+    busy, most, lock = set[int](), 0, threading.Lock()
+
+    def slow() -> None:
+        nonlocal most
+        with lock:
+            busy.add(threading.get_ident())
+            most = max(most, len(busy))
+        time.sleep(0.01)
+        with lock:
+            busy.remove(threading.get_ident())
+
+    storage.before = slow
+    reader = Reader(storage, 1 << 30)
+    size = array[0].nbytes
+    found = pool.map(lambda i: read_range(reader, view, i * size, 100), range(len(array)))
+    assert list(found) == [expert.T[0, :50].tobytes() for expert in array]
+    assert most == 2
 
 
 def test_tiles_are_no_larger_than_asked(shard: Shard) -> None:
@@ -537,7 +592,9 @@ def test_a_shard_truncated_while_it_is_open_is_a_fault_where_it_is_cut(
     assert read_range(reader, view, 500, 500) == content[500:1000]
     for start, length in ((500, 501), (1000, 1), (2000, 10), (0, len(content))):
         faults(lambda s=start, n=length: read_range(reader, view, s, n), pool, "file ends")  # type: ignore[misc]
-    faults(lambda: read_range(reader, To(view, F32), 0, 4), pool, match="file ends")
+    assert read_range(reader, To(view, F32), 0, 4) == cast(array)[:4]
+    for other in (To(view, F32), Permute(view, (1, 0))):
+        faults(lambda o=other: read_range(reader, o, 2000, 4), pool, match="file ends")  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("offset", [-1, 1 << 62, 1 << 63, 1 << 70])
