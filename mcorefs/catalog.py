@@ -10,13 +10,16 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     decoder.layers.{l}.self_attention.conv1d.weight.joined   query, key, value
     decoder.layers.{l}.mixer.in_proj.weight.joined           z, x, B, C, dt
     decoder.layers.{l}.mixer.conv1d.{weight,bias}.joined     x, B, C
+    vision_model.{name in transformers' module}              where that is what sees
+    vision_model.decoder.layers.{l}....                      where Megatron's layers do
 
 (megatron-core stores the last four in sections; `in_proj.weight` itself has rows in another order.)
 Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
 `experts.experts`), ssm/gated_delta_net.py and ssm/mamba_mixer.py (sections), transformer/mlp.py
 apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys), transformer/multi_token_prediction.py
-(what is around the layer inside).
+(what is around the layer inside); and in Megatron-Bridge:src/megatron/bridge/models/qwen_vl/
+modelling_qwen3_vl/transformer_block.py (the axis of deepstack mergers).
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ from mcorefs.index import StoredTensor
 from mcorefs.names import expert_of, is_of_adapter, of_base, of_mtp, unwrapped
 from mcorefs.views import Cat, Flatten, Permute, Select, Stored, Unflatten, View
 
-LAYER_STACKS = ("decoder.layers.",)
+LAYER_STACKS = (
+    "decoder.layers.",
+    "vision_model.decoder.layers.",
+    "vision_model.decoder.deepstack_merger_list.",
+)
 """Prefixes under which a tensor has a leading layer axis when no layer number follows."""
 
 NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")

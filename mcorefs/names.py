@@ -9,10 +9,22 @@ from __future__ import annotations
 import re
 
 WRAPPERS = re.compile(
-    r"(?:(?:module|model|base_model)\.)+(?=(?:embedding|decoder|output_layer|mtp)\.)"
+    r"(?:(?:module|model|base_model|language_model)\.)+"
+    r"(?=(?:embedding|decoder|output_layer|mtp)\.)"
 )
 """What a training framework wraps around the model (NeMo 2: `module.`, NeMo 1: `model.`,
-Megatron-FSDP: `model.module.`, PEFT: `base_model.model.`)."""
+Megatron-FSDP: `model.module.`, PEFT: `base_model.model.`), and where a model that sees has its
+language model: `language_model.`."""
+
+_VISION = re.compile(
+    r"(?:(?:module|model|base_model)\.)*(?:visual\.visual|visual|vision_model)\.(?=.)"
+)
+"""Where such a model has what sees: ms-swift in a module of transformers' inside one of its own
+(mcore-bridge:src/mcore_bridge/model/mm_gpts/utils.py HuggingFaceVit), Megatron-Bridge under the
+last two names (src/megatron/bridge/models/qwen_vl)."""
+VISION, MEGATRON_VISION = "vision_model.", "vision_model.decoder."
+"""What its names begin with here, be it a module of transformers', by whose names the rest goes, or
+one of Megatron's (mbridge:mbridge/models/qwen3_vl/vision_model.py); only that has the second."""
 
 _ADAPTER = re.compile(
     r"\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)|modules_to_save"
@@ -33,8 +45,11 @@ _GROUPED = re.compile(r"(.+\.experts)\.(linear_fc[12]\.(?:weight|bias))(\d{1,9})
 
 
 def unwrapped(name: str) -> str:
-    """`name` from the root of the model."""
-    return WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
+    """`name` from the root of the (language) model, or of what sees for it."""
+    if (wrappers := WRAPPERS.match(name)) is not None:
+        return name[wrappers.end() :]
+    vision = _VISION.match(name)
+    return name if vision is None else VISION + name[vision.end() :]
 
 
 def is_of_adapter(name: str) -> bool:

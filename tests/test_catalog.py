@@ -222,15 +222,38 @@ def test_dialects_may_be_mixed_in_one_checkpoint() -> None:
 
 
 def test_other_prefixes_are_left_alone() -> None:
-    """`language_model.` and the like mean another model; a wrapper before nothing known stays."""
+    """A wrapper before nothing known stays."""
     names = (
-        "language_model.decoder.layers.0.x",
+        "thinker.language_model.decoder.layers.0.x",
         "module.vision.y",
         "model.z",
         "embedding.module.w",
     )
     arrays = {name: array(0, 2) for name in names}
     assert_canonical(arrays, arrays)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "model.module.", "base_model.model."])
+@pytest.mark.parametrize("vision", ["visual.visual.", "visual.", "vision_model."])
+def test_models_that_see(wrapper: str, vision: str) -> None:
+    """A language model from its root, and what sees for it under one name."""
+    stored = {
+        f"{wrapper}language_model.decoder.layers.mlp.linear_fc2.weight": array(0, 2, 3, 4),
+        f"{wrapper}{vision}blocks.0.attn.qkv.weight": array(1, 2),
+        f"{wrapper}{vision}decoder.layers.mlp.linear_fc2.weight": array(2, 2, 3),
+        f"{wrapper}{vision}decoder.deepstack_merger_list.linear_fc1.bias": array(3, 2, 3),
+    }
+    fc2, qkv, vision_fc2, merger = stored.values()
+    expected = {
+        **{f"decoder.layers.{i}.mlp.linear_fc2.weight": fc2[i] for i in range(2)},
+        "vision_model.blocks.0.attn.qkv.weight": qkv,
+        **{f"vision_model.decoder.layers.{i}.mlp.linear_fc2.weight": vision_fc2[i] for i in (0, 1)},
+        **{
+            f"vision_model.decoder.deepstack_merger_list.{i}.linear_fc1.bias": merger[i]
+            for i in (0, 1)
+        },
+    }
+    assert_canonical(stored, expected)
 
 
 def test_router_counters_are_no_weights() -> None:

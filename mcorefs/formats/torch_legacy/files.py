@@ -27,6 +27,7 @@ from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import reading, training_args
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 from mcorefs.index import Span
+from mcorefs.names import unwrapped
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import Record, load, record_of
 from mcorefs.unpickle import StoredView
@@ -172,10 +173,12 @@ def _parameters(
 
 
 def _unwrapped(parts: dict[str, Part]) -> dict[str, Part]:
-    """Names without the prefixes that wrappers (DDP, Float16Module) put before all of them."""
+    """Names without the prefixes that wrappers (DDP, Float16Module) put before all of them, and
+    those of a model that sees from the root of its language model."""
     while parts:
         around = (p for p in _WRAPPERS if all(name.startswith(p) for name in parts))
         if (prefix := next(around, None)) is None:
             break
         parts = {name.removeprefix(prefix): part for name, part in parts.items()}
-    return parts
+    short = {unwrapped(name): part for name, part in parts.items()}
+    return short if len(short) == len(parts) else parts

@@ -19,6 +19,7 @@ from enum import Enum
 from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.names import MEGATRON_VISION, VISION
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -130,7 +131,7 @@ def how_cut(
     key = f"{module.rpartition('.')[2]}.{parameter}"
     if ranks > 1 and name.endswith(_CUT_NORM):
         return Cut.ROWS, None
-    if ranks == 1 or "norm" in key:
+    if ranks == 1 or "norm" in key or _is_of_whole_vision(name, parts):
         return Cut.WHOLE, None
     if key in ("linear_fc1.weight", "linear_fc1.bias"):
         return _fc1_cut(name, module, parts)
@@ -141,6 +142,17 @@ def how_cut(
     if (cut := _CUTS.get(key)) is not None:
         return cut, None
     return Cut.WHOLE, f"{name}: how it is cut over {ranks} tensor-parallel ranks is not known"
+
+
+def _is_of_whole_vision(name: str, parts: Mapping[str, Part]) -> bool:
+    """Whether every rank holds the whole of `name`: all that is of a module of transformers', which
+    knows of no ranks, and what Megatron's vision models have before their layers
+    (mbridge:mbridge/models/qwen3_vl/vision_model.py)."""
+    if not name.startswith(VISION):
+        return False
+    if not any(other.startswith(MEGATRON_VISION) for other in parts):
+        return True
+    return name.startswith((VISION + "patch_embed.", VISION + "pos_embed."))
 
 
 def _has_words(
