@@ -23,7 +23,7 @@ from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import NO_REFERENCE, Reference, own_code, read_reference
-from mcorefs.mapping.tokenizer import Tokenizer, find
+from mcorefs.mapping.tokenizer import Tokenizer, find, with_processor
 from mcorefs.names import is_of_mtp
 from mcorefs.remote import is_url, parse_path
 from mcorefs.sources import Adapted, read_sources
@@ -149,6 +149,7 @@ def load_at(location: Location, options: Options) -> Model:
         beside.args,
         (*beside.tokenizers, *beside.hf_directories),
     )
+    tokenizer = _with_processor(choice.family, tokenizer, reference, beside)
     remarks += tokenizer.remarks
     if tokenizer.largest_id is not None and tokenizer.largest_id >= facts.dims.get(
         "vocab", 1 << 62
@@ -203,6 +204,15 @@ def _with_mtp(
     return canonical.without(is_of_mtp), replace(beside, args=args), said
 
 
+def _with_processor(
+    family: Family, tokenizer: Tokenizer, reference: Reference, beside: Companions
+) -> Tokenizer:
+    if not family.sections:
+        return tokenizer
+    places = (reference.directory, *beside.hf_directories)
+    return with_processor(tokenizer, [place for place in places if place is not None])
+
+
 def _merged(
     adapter: Adapter,
     trained: Mapping[str, View],
@@ -237,6 +247,8 @@ def _reference(options: Options, beside: Companions) -> Reference:
     for directory in beside.hf_directories:
         if (directory / "config.json").is_file():
             return read_reference(directory, str(directory / "config.json"))
+    if beside.config:
+        return Reference(beside.config, beside.args_source)
     return NO_REFERENCE
 
 

@@ -13,6 +13,7 @@ from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.plan import against, doubts
 from mcorefs.mapping.reference import Reference
+from mcorefs.names import VISION
 from mcorefs.views import View
 
 _OTHERS: Mapping[str, str] = {
@@ -72,18 +73,21 @@ def choose(
 def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     """The family that has a use for each kind of tensor there is; of several, the one against which
     the fewest shapes and arguments speak. What else speaks against it is for planning to report."""
-    weighed = {family.name: against(family, facts) for family in FAMILIES}
-    fitting = [family for family in FAMILIES if not weighed[family.name]]
+    sees = any(kind.startswith(VISION) for kind in facts.kinds)
+    families = [family for family in FAMILIES if bool(family.sections) == sees]
+    weighed = {family.name: against(family, facts) for family in families}
+    fitting = [family for family in families if not weighed[family.name]]
     if not fitting:
         if (other := _other(facts)) is not None:
-            raise MappingError(f"it is {other}, which is not supported yet", [])
+            near = [_not_that(name, weighed[name]) for name in weighed if sees]
+            raise MappingError(f"it is {other}, which is not supported yet", near)
         if any(_HYBRID.match(name) for name in _in_layers(facts)):
             raise MappingError(
                 f"it is a hybrid of Mamba layers and others, of which only {NEMOTRON_H.name} is "
                 "supported yet; what speaks against that:",
-                weighed[NEMOTRON_H.name],
+                against(NEMOTRON_H, facts),
             )
-        close = {family.name: doubts(family, tensors, facts) for family in FAMILIES}
+        close = {family.name: doubts(family, tensors, facts) for family in families}
         raise _undecided("no supported model family fits", weighed, close, facts)
     doubted = {family.name: doubts(family, tensors, facts) for family in fitting}
     fitting.sort(key=lambda family: (family.named_only, len(doubted[family.name])))
@@ -98,6 +102,11 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         best,
         (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
     )
+
+
+def _not_that(name: str, reasons: Sequence[str]) -> str:
+    more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+    return f"no {name}: {'; '.join(reasons[:4])}{more}"
 
 
 def _other(facts: Facts) -> str | None:

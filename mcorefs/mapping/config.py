@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mcorefs.mapping.family import LEFT_OUT, REQUIRED, Facts, Family, Key, Proven, Soft
-from mcorefs.mapping.reference import Reference
+from mcorefs.mapping.reference import TEXT, Reference
 
 NOT_COPIED = ("auto_map", "quantization_config", "transformers_version", "_name_or_path")
 """Reference keys that do not describe the bytes served here."""
@@ -29,22 +29,24 @@ def synthesise(
     dtype: str,
 ) -> tuple[dict[str, object], list[str], list[str]]:
     """(config.json, remarks on what was assumed or overruled, problems)."""
-    config = {name: value for name, value in reference.config.items() if name not in NOT_COPIED}
+    config, settled = _settled(family.config, facts, reference)
     config["architectures"], config["model_type"] = [family.architecture], family.name
     if family.has_own_code and "auto_map" in reference.config:
         config["auto_map"] = reference.config["auto_map"]
-    settled = {name: _settle(name, key, facts, reference) for name, key in family.config.items()}
-    for name, found in settled.items():
-        for alias in family.config[name].aliases:
-            config.pop(alias, None)
-        if not found.problem and found.value is not LEFT_OUT:
-            config[name] = found.value
-    _add_rope_parameters(config)
     config["torch_dtype"] = config["dtype"] = dtype
+    speaks = config
+    for name, section in family.sections.items():
+        stated = replace(reference, config=reference.section(name))
+        inner, found = _settled(section.keys, facts, stated)
+        inner["model_type"], inner["torch_dtype"] = section.model_type, dtype
+        inner["dtype"] = dtype
+        config[name] = inner
+        settled |= {f"{name}.{key}": one for key, one in found.items()}
+        speaks = inner if name == TEXT else speaks
     for name in TOKEN_IDS:
-        if config.get(name) is None:  # left out, it would be the class's default, some other token
-            config[name] = token_ids.get(name)
-    remarks = [found.remark for found in settled.values() if found.remark]
+        if speaks.get(name) is None:  # left out, it would be the class's default, some other token
+            speaks[name] = token_ids.get(name)
+    remarks = [f"{name} {found.remark}" for name, found in settled.items() if found.remark]
     assumed = [
         f"{name}={_show(found.value)}" for name, found in settled.items() if found.is_assumed
     ]
@@ -52,7 +54,23 @@ def synthesise(
         remarks.append(
             "assumed, since neither the checkpoint nor --hf-config says: " + ", ".join(assumed)
         )
-    return config, remarks, [found.problem for found in settled.values() if found.problem]
+    problems = [f"{name} {found.problem}" for name, found in settled.items() if found.problem]
+    return config, remarks, problems
+
+
+def _settled(
+    keys: Mapping[str, Key], facts: Facts, reference: Reference
+) -> tuple[dict[str, object], dict[str, _Settled]]:
+    """(a config of `keys` and what else the reference says, how each of them was found)."""
+    config = {name: value for name, value in reference.config.items() if name not in NOT_COPIED}
+    settled = {name: _settle(name, key, facts, reference) for name, key in keys.items()}
+    for name, found in settled.items():
+        for alias in keys[name].aliases:
+            config.pop(alias, None)
+        if not found.problem and found.value is not LEFT_OUT:
+            config[name] = found.value
+    _add_rope_parameters(config)
+    return config, settled
 
 
 @dataclass(frozen=True)
@@ -82,22 +100,18 @@ def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled
         if stated is not None:
             return _Settled(stated)
         if key.default is REQUIRED:
-            return _Settled(None, problem=_unknown(name, facts))
+            return _Settled(None, problem=_unknown(facts))
         return _Settled(key.default, is_assumed=key.default is not None)
     value = found.value if isinstance(found, Soft | Proven) else found
     if _agree(stated, value):
         return _Settled(value if stated is None else stated)
     ours, theirs = _show(value), _show(stated)
     if isinstance(found, Soft):
-        return _Settled(
-            stated, f"{name} is {theirs} as in {reference.where} (training used {ours})"
-        )
+        return _Settled(stated, f"is {theirs} as in {reference.where} (training used {ours})")
     if isinstance(found, Proven):
-        return _Settled(
-            value, f"{name} is {ours} as in the checkpoint ({reference.where} says {theirs})"
-        )
+        return _Settled(value, f"is {ours} as in the checkpoint ({reference.where} says {theirs})")
     problem = (
-        f"{name} is {ours} in the checkpoint but {theirs} in {reference.where}: this is not the "
+        f"is {ours} in the checkpoint but {theirs} in {reference.where}: this is not the "
         "config of the model that was trained"
     )
     return _Settled(value, problem=problem)
@@ -112,8 +126,10 @@ def generation_config(
         if file.is_file():
             return file.read_bytes()
     generation: dict[str, object] = {"_from_model_config": True}
+    text = config.get(TEXT)
+    speaks = text if isinstance(text, dict) else config
     for name in TOKEN_IDS:
-        value = config.get(name, token_ids.get(name))
+        value = speaks.get(name, token_ids.get(name))
         if value is not None:
             generation[name] = value
     return dump(generation)
@@ -144,6 +160,11 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     if "rope_theta" not in config:
         return
     scaling = config.get("rope_scaling")
+    if (section := config.pop("mrope_section", None)) is not None:
+        stated = scaling if isinstance(scaling, dict) else {"rope_type": "default"}
+        interleaved = config.pop("mrope_interleaved", None)
+        named = {} if interleaved is None else {"mrope_interleaved": interleaved}
+        scaling = config["rope_scaling"] = {**stated, "mrope_section": section, **named}
     described = dict(scaling) if isinstance(scaling, dict) else {"rope_type": "default"}
     if (part := config.get("partial_rotary_factor")) is not None:
         described["partial_rotary_factor"] = part
@@ -154,10 +175,10 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     config["rope_parameters"] = described
 
 
-def _unknown(name: str, facts: Facts) -> str:
+def _unknown(facts: Facts) -> str:
     why = "the checkpoint records no training arguments" if not facts.args else "no argument says"
     return (
-        f"{name} is unknown: {why}, and tensor shapes cannot show it; pass --hf-config with the "
+        f"is unknown: {why}, and tensor shapes cannot show it; pass --hf-config with the "
         "directory of the model it was trained from"
     )
 

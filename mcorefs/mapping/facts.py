@@ -13,7 +13,8 @@ from mcorefs.mapping import latent, mamba
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
-from mcorefs.mapping.reference import HF_CONFIG, Reference
+from mcorefs.mapping.reference import HF_CONFIG, VISION, Reference
+from mcorefs.mapping.vision import vision_sizes
 from mcorefs.views import View
 
 POSITIONS = "embedding.position_embeddings.weight"
@@ -64,6 +65,7 @@ def gather(
     the vocabulary's size unless the user gives it as `vocab_size`.
     """
     args = {name: value for name, value in args.items() if value is not None}
+    seen, reference = reference.section(VISION), reference.text
     first = _first_layer_with(tensors)
     dims: dict[str, int] = {}
     remarks: list[str] = []
@@ -84,6 +86,7 @@ def gather(
     _delta_net(dims, first, args, reference, problems)
     dims |= mamba.mamba_sizes(first, args, reference, problems)
     _mtp(dims, tensors, args, problems)
+    dims |= vision_sizes(tensors, seen, problems)
     dims |= _mlps(first)
     if (router := first.get("mlp.router.weight")) is not None and router.shape:
         dims["experts"] = router.shape[0]

@@ -32,8 +32,8 @@ class Facts:
     """Named sizes: hidden, layers, heads, groups, head_dim, q_rows, kv_rows, qkv_rows, ffn,
     gate_up (two of it), experts, moe_ffn, moe_gate_up (two of it), shared_ffn, positions, vocab
     (rows kept), padded_vocab (rows stored), labels; mtp, the number of layers for multi-token
-    prediction; those of latent attention and of indexers (`latent`), of Mamba (`mamba`) and of
-    experts with a latent. Absent where the model has no such."""
+    prediction; those of latent attention and of indexers (`latent`), of Mamba (`mamba`), of experts
+    with a latent and of vision (`vision`). Absent where the model has no such."""
     args: Mapping[str, object]
     """Training arguments that are set; None counts as absent."""
     moe_layers: frozenset[int]
@@ -124,9 +124,11 @@ class Rule:
     """Name to sort by where transformers holds it as part of a fused parameter, or renamed."""
     is_buffer: bool = False
     """transformers holds it as a buffer, which it does not count among the parameters."""
-    stack: Literal["decoder", "mtp"] = "decoder"
+    stack: Literal["decoder", "mtp", "vision", "deepstack"] = "decoder"
     """Whose layers: those for multi-token prediction are {mtp} by themselves, from 0, and {layer}
-    as if they came behind the decoder's. The rule holds where the model has them."""
+    as if they came behind the decoder's. Those of a vision model, and what it has to put the output
+    of some of them into the decoder's layers, are {layer}. The rule holds where the model has
+    them."""
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
@@ -135,6 +137,10 @@ class Rule:
     @cached_property
     def stacks_experts(self) -> bool:
         return "{expert}" in self.sources[0] and "{expert}" not in self.hf
+
+
+STACKS: Mapping[str, str] = {"vision": "vision_layers", "deepstack": "vision_deepstack"}
+"""Which of `Facts.dims` says how many layers there are in a stack."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,14 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A config inside config.json."""
+
+    model_type: str
+    keys: Mapping[str, Key]
+
+
+@dataclass(frozen=True)
 class Family:
     """A Hugging Face model family, seen from Megatron."""
 
@@ -190,6 +204,8 @@ class Family:
     architecture: str
     rules: tuple[Rule, ...]
     config: Mapping[str, Key]
+    sections: Mapping[str, Section] = field(default_factory=dict)
+    """Configs inside config.json, by the key: text_config, vision_config."""
     requires: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     """Arguments that must be absent or one of these values, else the weights mean another model."""
     checks: tuple[Check, ...] = ()

@@ -61,6 +61,8 @@ def for_task(family: Family, task: Task, facts: Facts, reference: Mapping[str, o
         raise MappingError(
             f"transformers has {family.architecture}, but no class of that family for {task}", []
         )
+    if family.sections:
+        raise MappingError(f"{family.architecture} is not served for the task {task}", [])
     stem = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     body = tuple(rule for rule in family.rules if rule.source != OUTPUT)
     config = {**family.config, "tie_word_embeddings": Key(_tied, default=False)}

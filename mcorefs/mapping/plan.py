@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
-from mcorefs.mapping.family import Facts, Family, Rule, is_in, kind
+from mcorefs.mapping.family import STACKS, Facts, Family, Rule, is_in, kind
 from mcorefs.names import is_of_mtp
 from mcorefs.views import Stack, View, to
 
@@ -94,6 +94,8 @@ def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
     first, layers = 0, range(1)
     if rule.stack == "mtp":
         first, layers = facts.dims["layers"], facts.mtp_layers
+    elif rule.stack != "decoder":
+        layers = range(facts.dims.get(STACKS[rule.stack], 0))
     elif "{layer}" in rule.hf:
         layers = range(facts.dims["layers"])
     experts = range(facts.dims.get("experts", 0)) if "{expert}" in rule.hf else range(1)
@@ -161,13 +163,20 @@ def _sort_key(family: Family, rule: Rule, name: str, place: _Place, position: in
     of the rule and the expert."""
     if family.natural_order:
         return natural_key(place.fill(rule.sorts_as) if rule.sorts_as else name)
-    if "{layer}" in rule.hf:
-        return (1, place.layer)
-    in_layers = next(i for i, other in enumerate(family.rules) if "{layer}" in other.hf)
-    if "{mtp}" in rule.hf:  # one layer after the other
-        first = next(i for i, other in enumerate(family.rules) if "{mtp}" in other.hf)
-        return (2, first, place.mtp)
-    return (0 if position < in_layers else 2, position)
+    for placeholder, number in (("{layer}", place.layer), ("{mtp}", place.mtp)):
+        if placeholder in rule.hf:  # one layer after the other, where the first rule of them is
+            alike = (
+                first
+                for first, other in enumerate(family.rules)
+                if placeholder in other.hf and _stack(other) == _stack(rule)
+            )
+            return (next(alike), number)
+    return (position, 0)
+
+
+def _stack(rule: Rule) -> str:
+    """Whose layers transformers has in one list: those for multi-token prediction are the last."""
+    return "decoder" if rule.stack == "mtp" else rule.stack
 
 
 def _storage(rule: Rule, place: _Place) -> str:
@@ -177,11 +186,17 @@ def _storage(rule: Rule, place: _Place) -> str:
 
 
 @lru_cache(1024)  # all experts of a layer sort as one name
-def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Numbers sort as numbers, before words (transformers/core_model_loading.py
-    dot_natural_key, for names whose words do not end in digits)."""
-    parts = name.split(".")
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
+def natural_key(name: str) -> tuple[tuple[int, int, str, int], ...]:
+    """Numbers sort as numbers, before words, and so do those at the end of a word
+    (transformers/core_model_loading.py dot_natural_key)."""
+
+    def key(part: str) -> tuple[int, int, str, int]:
+        if part.isdigit():
+            return (0, int(part), "", 0)
+        word = part.rstrip("0123456789")
+        return (1, 0, word, int(part[len(word) :] or -1))
+
+    return tuple(map(key, name.split(".")))
 
 
 class _Problems:
@@ -252,7 +267,7 @@ def against(family: Family, facts: Facts) -> list[str]:
         sources = {re.sub(r"\{\w+\}", "*", source) for source in rule.sources}
         used |= sources
         is_needed = rule.layers != "dense" or bool(facts.dense_layers)
-        if rule.stack == "mtp":
+        if rule.stack != "decoder":
             is_needed = any(True for _ in _places(rule, facts))
         if is_needed and not sources & facts.kinds:
             reasons.append(f"lacks {' or '.join(sorted(sources))}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from mcorefs.errors import CheckpointError
 
 HF_CONFIG = "--hf-config"
+TEXT, VISION = "text_config", "vision_config"
+"""Where the config of a model that sees has those of its parts."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,19 @@ class Reference:
     where: str
     """What it is called in messages: the option, or the file that was found."""
     directory: Path | None = None
+
+    def section(self, name: str) -> Mapping[str, object]:
+        """The config inside it under that key; empty where there is none."""
+        found = self.config.get(name)
+        if not isinstance(found, dict):
+            return {}
+        return _hub_rope(_with_mrope(found)) if name == TEXT else found
+
+    @property
+    def text(self) -> Reference:
+        """That of the language model, which is the whole unless the model also sees."""
+        found = self.section(TEXT)
+        return replace(self, config=found) if found else self
 
 
 NO_REFERENCE = Reference({}, HF_CONFIG)
@@ -78,6 +93,17 @@ def _texts(named: Mapping[object, object]) -> Iterator[str]:
             for one in (value if isinstance(value, list | tuple) else [value])
             if isinstance(one, str)
         )
+
+
+def _with_mrope(config: dict[str, object]) -> dict[str, object]:
+    """`config` with mrope_section by itself: it divides the rotated elements among the three
+    positions of an image, and is no scaling."""
+    for name in ("rope_parameters", "rope_scaling"):
+        described = config.get(name)
+        if isinstance(described, dict) and "mrope_section" in described:
+            rest = {k: v for k, v in described.items() if not k.startswith("mrope_")}
+            config = {**config, name: rest, "mrope_section": described["mrope_section"]}
+    return config
 
 
 _BESIDE = ("rope_theta", "partial_rotary_factor")

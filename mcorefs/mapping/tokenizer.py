@@ -30,6 +30,12 @@ VOCABULARIES = (
 )
 """A directory that holds the files of one of these holds a tokenizer."""
 
+PROCESSOR = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+"""How images become what the vision model of a model that sees takes in."""
 COMPANIONS = (
     *(name for names in VOCABULARIES for name in names),
     "tokenizer_config.json",
@@ -38,8 +44,7 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "tiktoken.model",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR,
 )
 TEMPLATES = "additional_chat_templates"
 MAX_BYTES = 256 << 20
@@ -101,6 +106,24 @@ def find(
                 return found
             looked[str(place)] = found
     return _vocab_and_merges(args) or _missing(looked, args)
+
+
+def with_processor(found: Tokenizer, places: Sequence[Path]) -> Tokenizer:
+    """`found`, of a model that sees: with the files of its processor, where they are beside the
+    tokenizer's or in one of `places`; a remark where they are not."""
+    if not set(PROCESSOR).isdisjoint(found.files):
+        return found
+    for place in places:
+        names = [name for name in PROCESSOR if (place / name).is_file()]
+        if names:
+            files = {name: _read(place / name) for name in names}
+            return replace(found, files={**found.files, **files})
+    looked = ", ".join(dict.fromkeys((found.source, *map(str, places))))
+    remark = (
+        f"no {PROCESSOR[0]} was found in {looked}: AutoProcessor cannot make pixels of images; "
+        "--hf-config DIR says where the model lies that it was trained from"
+    )
+    return replace(found, remarks=(*found.remarks, remark))
 
 
 def within(directory: Path) -> Tokenizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -51,6 +51,8 @@ class Companions:
     hf_directories: tuple[Path, ...] = ()
     """Directories on this machine with the config.json of this model or of the model it was trained
     from, the best first."""
+    config: Mapping[str, object] = field(default_factory=dict)
+    """What the framework itself recorded of the config.json of the model it was trained from."""
     tokenizers: tuple[Path, ...] = ()
     """Places where its tokenizer is, the best first; they need not exist."""
     remarks: tuple[str, ...] = ()

@@ -71,6 +71,7 @@ class MegatronBridge:
             checkpoint.args_source if checkpoint.args else str(path),
             model_type=model_type(model.get("_target_")),
             hf_directories=directories,
+            config=_recorded(model, args),
             tokenizers=tuple(local_copies(_strings(args.get("tokenizer_model")))),
             remarks=tuple(remarks),
             lora=_lora(config),
@@ -114,6 +115,23 @@ def _lora(config: Mapping[str, object]) -> LoraTraining | None:
         base=named,
         base_checkpoint=None if named is None else Path(named),
     )
+
+
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def _recorded(model: Mapping[str, object], args: Mapping[str, object]) -> dict[str, object]:
+    """The config.json of a model that sees, of whose parts the provider keeps the configs
+    (models/qwen_vl/qwen3_vl_provider.py; utils/yaml_utils.py _pretrained_config_representer)."""
+    text, vision = (
+        _section(_section(model, name), "config_dict")
+        for name in ("hf_text_config", "vision_config")
+    )
+    named = model_type(model.get("_target_"))
+    if not text or not vision or named is None:
+        return {}
+    config: dict[str, object] = {name: args[name] for name in _TOKENS if name in args}
+    return {**config, "model_type": named, "text_config": text, "vision_config": vision}
 
 
 def _strings(*values: object) -> list[str]:

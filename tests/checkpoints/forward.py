@@ -19,7 +19,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.modeling_layers import MtpModel
 
 from . import own_code
@@ -27,6 +27,7 @@ from .families import FAMILIES
 from .megatron_model import build_models
 from .spec import Spec
 from .stand_ins import CudaMeansCpu
+from .vision import language_model
 
 TOLERANCE = 2e-5
 """In fp32, of logits of magnitude 1; a swapped pair of heads makes a difference of 0.1 and more."""
@@ -45,7 +46,8 @@ def _tokens(spec: Spec) -> Tensor:
 @torch.no_grad()
 def save_expected(spec: Spec, hf: Path, path: Path) -> None:
     """What transformers' model in `hf` makes of some tokens, in fp32."""
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    kind = AutoModelForImageTextToText if spec.vision else AutoModelForCausalLM
+    model = kind.from_pretrained(hf, dtype=torch.float32)
     tokens = _tokens(spec)
     made = model(tokens, output_hidden_states=True)
     torch.save([made.logits, *_predictions(spec, model, tokens, made.hidden_states[-1])], path)
@@ -100,6 +102,7 @@ def check(spec: Spec, model: GPTModel, expected: Path) -> None:
     moe_utils.te_general_gemm = None  # megatron-core 0.16.1 forgets this name without TE
     (exact,) = build_models(spec.but(dtype="fp32"))
     exact.load_state_dict(model.state_dict())
+    exact = language_model(exact)
     for depth, (found, wanted) in enumerate(
         zip(_logits(spec, exact.eval()), torch.load(expected), strict=True)
     ):
@@ -117,6 +120,8 @@ def _logits(spec: Spec, model: GPTModel) -> Iterator[Tensor]:
     length = tokens.shape[1]
     mask = torch.ones(1, 1, length, length).triu(1).bool()
     places = torch.arange(length)[None]
+    if model.position_embedding_type == "mrope":
+        places = places.expand(3, 1, length)  # of a text, all three are alike
     hidden: list[Tensor] = []
     model.decoder.register_forward_hook(lambda module, inputs, output: hidden.append(output))
     model.mtp_process, model.config.mtp_num_layers = False, None  # they are for training only

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -45,6 +47,13 @@ def save_model(spec: Spec, directory: Path) -> None:
     has_place = not spec.mtp or (family.mtp_at and not family.mtp_apart)
     model = build_model(spec) if has_place else build_model_with_mtp(spec)
     model.save_pretrained(directory, **options)
+    if turned := FAMILIES[spec.family].turned:
+        for file in directory.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name in tensors:
+                if name.endswith(turned):
+                    tensors[name] = tensors[name].transpose(1, 2).contiguous()
+            save_file(tensors, file, {"format": "pt"})
 
 
 def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
@@ -72,7 +81,7 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
         layer.shared_head.norm = _norm(layer, generator)
         layer.embed_tokens = copy.deepcopy(embedding)
         layer.shared_head.head = copy.deepcopy(head)
-    model.config = _config(spec)
+    model.config = model_config(spec)
     model.config.architectures = [type(model).__name__]
     return model
 
@@ -98,7 +107,7 @@ def build_model(spec: Spec) -> PreTrainedModel:
     """A model whose every tensor is random and unlike every other, norms included."""
     dtype = TORCH_DTYPES[spec.oracle_dtype]
     with torch.device("meta"):
-        model: PreTrainedModel = _kind(spec).from_config(_config(spec)).to(dtype)
+        model: PreTrainedModel = _kind(spec).from_config(model_config(spec)).to(dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(spec.seed)
@@ -124,21 +133,28 @@ def build_model(spec: Spec) -> PreTrainedModel:
 def _kind(spec: Spec) -> Any:
     if spec.bare:
         return AutoModel
+    if spec.vision:
+        return AutoModelForImageTextToText
     return AutoModelForSequenceClassification if spec.labels else AutoModelForCausalLM
 
 
-def _config(spec: Spec) -> PreTrainedConfig:
-    labels = {"num_labels": spec.labels} if spec.labels else {}
-    return AutoConfig.for_model(
-        spec.family,
-        **labels,
-        vocab_size=spec.vocab_size,
-        tie_word_embeddings=spec.tied,
-        dtype=TORCH_DTYPES[spec.oracle_dtype],
-        bos_token_id=SPECIAL_TOKENS.index("<|endoftext|>"),
-        eos_token_id=SPECIAL_TOKENS.index("<|im_end|>"),
-        **FAMILIES[spec.family].config(spec),
-    )
+def model_config(spec: Spec) -> PreTrainedConfig:
+    family = FAMILIES[spec.family]
+    both = {
+        "tie_word_embeddings": spec.tied,
+        "dtype": TORCH_DTYPES[spec.oracle_dtype],
+        **({"num_labels": spec.labels} if spec.labels else {}),
+    }
+    of_text = {
+        "vocab_size": spec.vocab_size,
+        "bos_token_id": SPECIAL_TOKENS.index("<|endoftext|>"),
+        "eos_token_id": SPECIAL_TOKENS.index("<|im_end|>"),
+        **family.config(spec),
+    }
+    if family.vision is None:
+        return AutoConfig.for_model(spec.family, **both, **of_text)
+    text = {**both, **of_text}
+    return AutoConfig.for_model(spec.family, **both, text_config=text, **family.vision(spec))
 
 
 def save_tokenizer(spec: Spec, directory: Path) -> None:

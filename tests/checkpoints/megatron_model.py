@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer import MegatronModule, MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -35,6 +35,7 @@ from .stand_ins import (
     take_in_turns,
 )
 from .te_linear import TELinear
+from .vision import Seeing
 
 
 class NormOfAllQueries(torch.nn.RMSNorm):
@@ -197,11 +198,13 @@ def _build_stage(
     if model.post_process and spec.bare:
         model.output_layer = None
     _add_stand_ins(spec, args, model)
+    if spec.vision:
+        model = Seeing(spec, model)
     _set_dtypes(spec, model)
     return model
 
 
-def _set_dtypes(spec: Spec, model: GPTModel) -> None:
+def _set_dtypes(spec: Spec, model: MegatronModule) -> None:
     model.to(TORCH_DTYPES[spec.dtype])
     for module in model.modules():
         if isinstance(module, TopKRouter):

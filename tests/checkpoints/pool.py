@@ -41,6 +41,7 @@ GENERATOR_FILES = (
     "stand_ins.py",
     "te_linear.py",
     "torch_writer.py",
+    "vision.py",
     "weights.py",
 )
 OLD_MEGATRON = "megatron-0.15"

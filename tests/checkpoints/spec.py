@@ -125,6 +125,9 @@ class Spec:
     moe_latent: int | None = None
     """Width that experts are given and make, if it is not that of the hidden states."""
     seed: int = 20
+    vision: Literal["ms-swift", "megatron-bridge", "megatron"] | None = None
+    """What sees for the language model: transformers' module where one of the first two has it, or
+    Megatron's layers, as mbridge and later versions of Megatron-Bridge build them."""
 
     # The save.
     format: Format = "torch_dist"

@@ -47,6 +47,7 @@ from .families.base import (
     Whole,
 )
 from .spec import PADDING_VALUE, Spec
+from .vision import HF_VISION, language_model, vision_value
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,15 @@ def globally_named(model: GPTModel) -> Iterator[tuple[str, Tensor]]:
     """Parameters, and the buffers that are saved too (expert biases), with the layer's number in
     the whole model, not in this stage."""
 
+    layers = language_model(model).decoder.layers
+
     def global_number(match: re.Match[str]) -> str:
-        return f"decoder.layers.{model.decoder.layers[int(match[1])].layer_number - 1}."
+        return f"{match[1]}decoder.layers.{layers[int(match[2])].layer_number - 1}."
 
     saved = model.state_dict()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
     for name, tensor in itertools.chain(model.named_parameters(), buffers):
-        yield re.sub(r"^decoder\.layers\.(\d+)\.", global_number, name), tensor
+        yield re.sub(r"^(language_model\.|)decoder\.layers\.(\d+)\.", global_number, name), tensor
 
 
 class HFTensors:
@@ -128,11 +131,14 @@ class HFTensors:
 
 def local_tensor(spec: Spec, rank: Rank, hf: HFTensors, name: str) -> Tensor:
     """The value of Megatron parameter `name`, whose layer number is global, expert number local."""
+    name = name.removeprefix("language_model.")
     if name == "output_layer.weight" and spec.labels:
         return hf.whole("score.weight")
     if name == "output_layer.weight" and spec.tied:
         name = "embedding.word_embeddings.weight"
     layer, expert, size = "", "", (rank.tp, spec.tp)
+    if spec.vision and (value := vision_value(spec, name)) is not None:
+        return _Reader(spec, hf, "", "", *size).read(value)
     if match := re.match(r"decoder\.layers\.(\d+)\.", name):
         layer = match[1]
         name = "decoder.layers.{layer}." + name[match.end() :]
@@ -191,6 +197,8 @@ class _Reader:
         at = FAMILIES[self.spec.family].mtp_at
         if at and self.layer and (number := int(self.layer) - self.spec.layers) >= 0:
             hf = hf.replace(HF_LAYER, at.replace("{mtp}", str(number)))
+        if self.spec.vision and hf.startswith("model.") and not hf.startswith(HF_VISION):
+            hf = hf.replace("model.", "model.language_model.", 1)
         return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
 
     def _whole(self, hf: str) -> Tensor:

@@ -34,6 +34,7 @@ from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
+from mcorefs.mapping.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -70,4 +71,6 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_5_MOE,
     QWEN3_MOE,
     QWEN3_NEXT,
+    QWEN3_VL,
+    QWEN3_VL_MOE,
 )

@@ -40,6 +40,8 @@ from .qwen3_5_moe_text import QWEN3_5_MOE_TEXT
 from .qwen3_5_text import QWEN3_5_TEXT
 from .qwen3_moe import QWEN3_MOE
 from .qwen3_next import QWEN3_NEXT
+from .qwen3_vl import QWEN3_VL
+from .qwen3_vl_moe import QWEN3_VL_MOE
 
 FAMILIES: Mapping[str, Family] = {
     "deepseek_v2": DEEPSEEK_V2,
@@ -75,6 +77,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_text": QWEN3_5_TEXT,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_next": QWEN3_NEXT,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
 }
 
 _MUST_BE_NAMED = (

@@ -337,6 +337,12 @@ class Family:
     """Ends of the names of what transformers' model has in fp32, and Megatron's has not: zeros."""
     built: Callable[[Spec], Values] = no_arguments
     """What the model that is saved has beyond its arguments, in further arguments."""
+    vision: Callable[[Spec], Values] | None = None
+    """Of a model that sees: what transformers' config class is called with beside text_config,
+    which is `config`. Its language model's tensors go by their names in one by itself."""
+    turned: tuple[str, ...] = ()
+    """Ends of the names of tensors [expert, out, in] that the hub's files have as
+    [expert, in, out]: transformers 4 saves them so, 5 reads them so, and saves them otherwise."""
     parameters: Mapping[str, Value] = field(default_factory=lambda: DECODER)
     """By Megatron's name, with {layer} and {expert} (in the whole model) for numbers. The layer
     inside one for multi-token prediction is the decoder's next."""

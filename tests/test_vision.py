@@ -1,0 +1,261 @@
+"""Models that see: what is served computes of a text and of an image what the original does.
+
+That the files are those of the original, byte for byte, is in `test_roundtrip`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from mcorefs.errors import MappingError
+from mcorefs.files import read_all
+from mcorefs.mapping.tokenizer import PROCESSOR
+from mcorefs.model import Model, Options, load
+from mcorefs.tree import build
+from tests.checkpoints import SPECS, Fixture, ensure
+from tests.checkpoints.families import FAMILIES
+from tests.checkpoints.families.qwen3_vl import END, IMAGE, MROPE, START
+from tests.providers import provider
+from tests.test_config import attributes, materialise, refusal, said, write_config
+from tests.test_ms_swift import ARGS
+
+NAMES = [name for name, spec in SPECS.items() if spec.vision]
+
+
+@pytest.fixture(scope="module")
+def fixtures() -> Mapping[str, Fixture]:
+    return ensure(NAMES)
+
+
+def logits(directory: Path) -> tuple[Tensor, Tensor]:
+    """(of a text, of a text with an image in it)."""
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values())
+    vision = model.config.vision_config
+    merged, grid = vision.spatial_merge_size**2, (1, 4, 6)
+    patches = grid[1] * grid[2]
+    tokens = torch.tensor([[1, 5, START, *[IMAGE] * (patches // merged), END, 7, 8]])
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.randn(patches, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = model(torch.arange(0, IMAGE, 7)[None]).logits
+        image = model(
+            input_ids=tokens,
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor([grid]),
+            mm_token_type_ids=(tokens == IMAGE).int(),
+        ).logits
+    return text, image
+
+
+OTHERWISE: tuple[tuple[str, str, object], ...] = (
+    ("text_config", "rms_norm_eps", 1e-2),
+    ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": 3e3}),
+    ("vision_config", "num_heads", 2),
+    ("vision_config", "hidden_act", "relu"),
+    ("vision_config", "deepstack_visual_indexes", [0, 1]),
+)
+"""Changes no tensor, only what is computed with it."""
+
+
+@pytest.mark.parametrize("name", [next(iter(f.specs)) for f in FAMILIES.values() if f.vision])
+def test_the_model_computes_the_same_logits(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    model = load(fixture.root, Options(hf_config=fixture.hf))
+    materialise(model, tmp_path)
+    expected, found = logits(fixture.hf), logits(tmp_path)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    # The test would see a wrong key.
+    for section, key, value in OTHERWISE:
+        config: dict[str, Any] = json.loads(json.dumps(dict(model.config)))
+        if key not in config[section]:
+            continue
+        config[section].pop("rope_scaling", None)
+        config[section].pop("rope_theta", None)
+        config[section][key] = value
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert not torch.equal(logits(tmp_path)[1], expected[1]), key
+
+
+def expected(fixture: Fixture, model: Model) -> dict[str, Any]:
+    """What transformers knows of the original's config, and the tokenizer of padding."""
+    found = attributes(fixture.hf)
+    if model.tokenizer.found:
+        found["text_config"]["pad_token_id"] = 0
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_the_config_that_the_model_had(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    model = load(fixture.root, Options(hf_config=fixture.hf))
+    assert attributes(write_config(model, tmp_path)) == expected(fixture, model)
+    assert not said(model, "assumed")
+
+
+def hub_config(fixture: Fixture) -> dict[str, Any]:
+    """The original's config.json as the hub has it: in transformers 4's spelling."""
+    config: dict[str, Any] = json.loads((fixture.hf / "config.json").read_bytes())
+    rotary = config["text_config"].pop("rope_parameters")
+    config["text_config"]["rope_theta"] = rotary.pop("rope_theta")
+    config["text_config"]["rope_scaling"] = rotary
+    config["vision_config"].pop("rope_parameters")
+    return config
+
+
+def model_directory(fixture: Fixture, place: Path) -> Path:
+    """The model that was trained from: its config, its tokenizer and its image processor."""
+    place.mkdir(parents=True)
+    (place / "config.json").write_text(json.dumps(hub_config(fixture)))
+    for file in fixture.tokenizer.iterdir():
+        shutil.copy(file, place)
+    for name in PROCESSOR:
+        (place / name).write_text(json.dumps({"patch_size": 4, "of": name}))
+    return place
+
+
+def is_whole(model: Model, fixture: Fixture) -> None:
+    tree, _ = build(model, fixture.spec.hf_max_shard_size or "50GB", 1 << 20)
+    for shard in fixture.hf.glob("*.safetensors"):
+        assert read_all(tree.files[shard.name]) == shard.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_vl-swift-pp2-tied", "torch-qwen3_vl_moe-swift-tp2-pp2-etp2"]
+)
+def test_ms_swift_says_where_the_model_lies(
+    fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    source = model_directory(fixture, tmp_path / "hub" / "a-model")
+    checkpoint = tmp_path / "v0-20261124-081500" / "checkpoint-100"
+    shutil.copytree(fixture.root, checkpoint)
+    args = {**ARGS, "model_type": fixture.spec.family, "model_dir": str(source)}
+    (checkpoint / "args.json").write_text(json.dumps(args))
+    model = load(checkpoint, Options())
+    assert model.companions.trainer == "ms-swift"
+    is_whole(model, fixture)
+    served = materialise(model, tmp_path / "served")
+    assert attributes(served) == expected(fixture, model)
+    for file in source.iterdir():
+        if file.name != "config.json":
+            assert (served / file.name).read_bytes() == file.read_bytes()
+
+
+def bridge_yaml() -> Any:
+    """megatron.bridge.utils.yaml_utils; the package around it wants TransformerEngine."""
+    path = Path(sys.prefix) / "trainers/megatron/bridge/utils/yaml_utils.py"
+    spec = importlib.util.spec_from_file_location("yaml_utils", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_config(fixture: Fixture, **changes: object) -> str:
+    """As the provider that Qwen3VLBridge.provider_bridge makes is saved."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(fixture.hf)
+    kind = "Qwen3VLMoEModelProvider" if fixture.spec.is_moe else "Qwen3VLModelProvider"
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    section = {
+        **provider(fixture.spec),
+        "_target_": f"megatron.bridge.models.qwen_vl.qwen3_vl_provider.{kind}",
+        "position_embedding_type": "mrope",
+        "mrope_section": MROPE,
+        "hf_text_config": config.text_config,
+        "vision_config": config.vision_config,
+        **{name: getattr(config, name) for name in ids},
+        "hf_model_id": "Qwen/Qwen3-VL-8B-Instruct",
+        **changes,
+    }
+    tools = bridge_yaml()
+    with tools.safe_yaml_representers():
+        text: str = yaml.safe_dump({"model": section})
+    return text
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl-bridge-tp2", "qwen3_vl_moe-tp2-ep2"])
+def test_megatron_bridge_records_both_configs(
+    fixtures: Mapping[str, Fixture],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fixture = fixtures[name]
+    root = tmp_path / "root"
+    shutil.copytree(fixture.root, root)
+    (root / fixture.spec.iteration_dir / "run_config.yaml").write_text(run_config(fixture))
+    model = load(root, Options())
+    assert model.companions.trainer == "Megatron-Bridge"
+    is_whole(model, fixture)
+    assert attributes(write_config(model, tmp_path / "config")) == expected(fixture, model)
+    assert said(model, f"no {PROCESSOR[0]} was found")
+
+
+def test_what_nothing_says_is_asked_for(fixtures: Mapping[str, Fixture]) -> None:
+    problems = refusal(lambda: load(fixtures["qwen3_vl-swift-pp2-tied"].root, Options()))
+    for key in ("vision_config.num_heads", "vision_config.deepstack_visual_indexes"):
+        assert any(
+            text.startswith(f"{key} is unknown") and "--hf-config" in text for text in problems
+        )
+    assert any(text.startswith("image_token_id is unknown") for text in problems)
+    native = fixtures["qwen3_vl-megatron-tp2-pp2"].root
+    problems = refusal(lambda: load(native, Options()))
+    assert any("number of heads in its vision model" in text for text in problems)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "told"),
+    [
+        ("vision_config", "depth", 4, "vision_config.depth is 3"),
+        ("vision_config", "patch_size", 8, "vision_config.patch_size is 4"),
+        ("vision_config", "spatial_merge_size", 4, "vision_config.spatial_merge_size is 2"),
+        ("vision_config", "num_position_embeddings", 64, "num_position_embeddings is 36"),
+        ("vision_config", "deepstack_visual_indexes", [1], "names 1 layers"),
+        ("vision_config", "num_heads", 5, "num_heads is 5"),
+        ("text_config", "hidden_size", 128, "text_config.hidden_size is 64"),
+        ("text_config", "rope_scaling", {"mrope_section": [2, 2, 4]}, "mrope_section is [4, 2, 2]"),
+    ],
+)
+def test_a_reference_that_disagrees_is_refused(
+    fixtures: Mapping[str, Fixture],
+    tmp_path: Path,
+    section: str,
+    key: str,
+    value: object,
+    told: str,
+) -> None:
+    fixture = fixtures["torch-qwen3_vl-swift-tp2-pp2"]
+    config = hub_config(fixture)
+    config[section][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    problems = refusal(lambda: load(fixture.root, Options(hf_config=tmp_path)))
+    assert any(told in text for text in problems), problems
+
+
+def test_no_other_task(fixtures: Mapping[str, Fixture]) -> None:
+    fixture = fixtures["qwen3_vl-bridge-tp2"]
+    with pytest.raises(MappingError, match="not served for the task embedding"):
+        load(fixture.root, Options(hf_config=fixture.hf, task="embedding"))
