@@ -25,7 +25,7 @@ from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
 from tests.checkpoints import SPECS, Fixture, ensure
 from tests.checkpoints.families import FAMILIES
-from tests.checkpoints.families.qwen3_vl import END, IMAGE, MROPE, START
+from tests.checkpoints.families.qwen3_vl import END, IMAGE, START
 from tests.providers import provider
 from tests.test_config import attributes, materialise, refusal, said, write_config
 from tests.test_ms_swift import ARGS
@@ -171,31 +171,42 @@ def bridge_yaml() -> Any:
     return module
 
 
-def run_config(fixture: Fixture, **changes: object) -> str:
+def run_config(fixture: Fixture) -> str:
     """As the provider that Qwen3VLBridge.provider_bridge makes is saved."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(fixture.hf)
-    kind = "Qwen3VLMoEModelProvider" if fixture.spec.is_moe else "Qwen3VLModelProvider"
+    kind = {
+        "qwen3_vl": "qwen3_vl_provider.Qwen3VLModelProvider",
+        "qwen3_vl_moe": "qwen3_vl_provider.Qwen3VLMoEModelProvider",
+        "qwen3_5": "qwen35_vl_provider.Qwen35VLModelProvider",
+        "qwen3_5_moe": "qwen35_vl_provider.Qwen35VLMoEModelProvider",
+    }[fixture.spec.family]
     ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    arguments = FAMILIES[fixture.spec.family].arguments(fixture.spec)
     section = {
         **provider(fixture.spec),
-        "_target_": f"megatron.bridge.models.qwen_vl.qwen3_vl_provider.{kind}",
-        "position_embedding_type": "mrope",
-        "mrope_section": MROPE,
-        "hf_text_config": config.text_config,
+        "_target_": f"megatron.bridge.models.qwen_vl.{kind}",
+        **{name: value for name, value in arguments.items() if name != "apply_layernorm_1p"},
+        "layernorm_zero_centered_gamma": "apply_layernorm_1p" in arguments,
+        "bos_token_id": config.text_config.bos_token_id,
+        "eos_token_id": config.text_config.eos_token_id,
         "vision_config": config.vision_config,
         **{name: getattr(config, name) for name in ids},
         "hf_model_id": "Qwen/Qwen3-VL-8B-Instruct",
-        **changes,
     }
+    if fixture.spec.family.startswith("qwen3_vl"):  # other providers do not keep it
+        section["hf_text_config"] = config.text_config
     tools = bridge_yaml()
     with tools.safe_yaml_representers():
         text: str = yaml.safe_dump({"model": section})
     return text
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl-bridge-tp2", "qwen3_vl_moe-tp2-ep2"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_vl-bridge-tp2", "qwen3_vl_moe-tp2-ep2", "qwen3_5-tp2", "qwen3_5_moe-megatron-pp2-ep2"],
+)
 def test_megatron_bridge_records_both_configs(
     fixtures: Mapping[str, Fixture],
     name: str,

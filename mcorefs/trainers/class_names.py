@@ -46,6 +46,8 @@ _FAMILIES: Mapping[str, str] = {
     "Qwen3": "qwen3",
     "Qwen3MoE": "qwen3_moe",
     "Qwen3Next": "qwen3_next",
+    "Qwen35VL": "qwen3_5",
+    "Qwen35VLMoE": "qwen3_5_moe",
     "Qwen3VL": "qwen3_vl",
     "Qwen3VLMoE": "qwen3_vl_moe",
 }

@@ -121,15 +121,18 @@ _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_
 
 
 def _recorded(model: Mapping[str, object], args: Mapping[str, object]) -> dict[str, object]:
-    """The config.json of a model that sees, of whose parts the provider keeps the configs
-    (models/qwen_vl/qwen3_vl_provider.py; utils/yaml_utils.py _pretrained_config_representer)."""
+    """The config.json of a model that sees, of whose parts the provider keeps the configs, or at
+    least that of what sees (models/qwen_vl/qwen3_vl_provider.py, qwen35_vl_provider.py;
+    utils/yaml_utils.py _pretrained_config_representer)."""
     text, vision = (
         _section(_section(model, name), "config_dict")
         for name in ("hf_text_config", "vision_config")
     )
     named = model_type(model.get("_target_"))
-    if not text or not vision or named is None:
+    if not vision or named is None:
         return {}
+    if not text:
+        text = {name: args[name] for name in ("bos_token_id", "eos_token_id") if name in args}
     config: dict[str, object] = {name: args[name] for name in _TOKENS if name in args}
     return {**config, "model_type": named, "text_config": text, "vision_config": vision}
 

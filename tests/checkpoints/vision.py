@@ -95,7 +95,8 @@ class _Block(TransformerBlock):  # type: ignore[misc]
         layer = get_gpt_layer_local_spec(normalization="LayerNorm")
         super().__init__(config, layer, post_layer_norm=False)
         merged = vision.hidden_size * vision.spatial_merge_size**2
-        mergers = [_Merger(config, vision, merged) for _ in vision.deepstack_visual_indexes]
+        indexes = getattr(vision, "deepstack_visual_indexes", ())
+        mergers = [_Merger(config, vision, merged) for _ in indexes]
         self.deepstack_merger_list = nn.ModuleList(mergers)
 
     def sharded_state_dict(

@@ -32,6 +32,7 @@ from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
+from mcorefs.mapping.families.qwen3_5_vl import QWEN3_5_MOE_VL, QWEN3_5_VL
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
 from mcorefs.mapping.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
@@ -69,6 +70,8 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3,
     QWEN3_5,
     QWEN3_5_MOE,
+    QWEN3_5_MOE_VL,
+    QWEN3_5_VL,
     QWEN3_MOE,
     QWEN3_NEXT,
     QWEN3_VL,
