@@ -63,12 +63,15 @@ def logits(directory: Path) -> tuple[Tensor, Tensor]:
 
 OTHERWISE: tuple[tuple[str, str, object], ...] = (
     ("text_config", "rms_norm_eps", 1e-2),
-    ("text_config", "rope_parameters", {"rope_type": "default", "rope_theta": 3e3}),
+    ("text_config", "rope_theta", 3e3),
+    ("text_config", "mrope_section", ...),
     ("vision_config", "num_heads", 2),
     ("vision_config", "hidden_act", "relu"),
     ("vision_config", "deepstack_visual_indexes", [0, 1]),
+    ("vision_config", "fullatt_block_indexes", [0]),
+    ("vision_config", "window_size", 32),
 )
-"""Changes no tensor, only what is computed with it."""
+"""Changes no tensor, only what is computed with it; ... gives the first all there is."""
 
 
 @pytest.mark.parametrize("name", [next(iter(f.specs)) for f in FAMILIES.values() if f.vision])
@@ -84,11 +87,13 @@ def test_the_model_computes_the_same_logits(
     # The test would see a wrong key.
     for section, key, value in OTHERWISE:
         config: dict[str, Any] = json.loads(json.dumps(dict(model.config)))
-        if key not in config[section]:
-            continue
         config[section].pop("rope_scaling", None)
         config[section].pop("rope_theta", None)
-        config[section][key] = value
+        rotary = config[section].get("rope_parameters", {})
+        place = rotary if key in rotary else config[section]
+        if key not in place:
+            continue
+        place[key] = [sum(place[key]), 0, 0] if value is ... else value
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert not torch.equal(logits(tmp_path)[1], expected[1]), key
 
@@ -118,6 +123,10 @@ def hub_config(fixture: Fixture) -> dict[str, Any]:
     config["text_config"]["rope_theta"] = rotary.pop("rope_theta")
     config["text_config"]["rope_scaling"] = rotary
     config["vision_config"].pop("rope_parameters")
+    if fixture.spec.family == "qwen2_5_vl":  # where all is in one
+        rotary["type"] = "mrope"
+        del rotary["rope_type"]
+        config = {**config.pop("text_config"), **config}
     return config
 
 
@@ -139,7 +148,12 @@ def is_whole(model: Model, fixture: Fixture) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_vl-swift-pp2-tied", "torch-qwen3_vl_moe-swift-tp2-pp2-etp2"]
+    "name",
+    [
+        "qwen3_vl-swift-pp2-tied",
+        "torch-qwen3_vl_moe-swift-tp2-pp2-etp2",
+        "qwen2_5_vl-swift-pp2-tied",
+    ],
 )
 def test_ms_swift_says_where_the_model_lies(
     fixtures: Mapping[str, Fixture], name: str, tmp_path: Path
@@ -179,6 +193,7 @@ def run_config(fixture: Fixture) -> str:
     kind = {
         "qwen3_vl": "qwen3_vl_provider.Qwen3VLModelProvider",
         "qwen3_vl_moe": "qwen3_vl_provider.Qwen3VLMoEModelProvider",
+        "qwen2_5_vl": "qwen25_vl_provider.Qwen25VLModelProvider",
         "qwen3_5": "qwen35_vl_provider.Qwen35VLModelProvider",
         "qwen3_5_moe": "qwen35_vl_provider.Qwen35VLMoEModelProvider",
     }[fixture.spec.family]
@@ -205,7 +220,13 @@ def run_config(fixture: Fixture) -> str:
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_vl-bridge-tp2", "qwen3_vl_moe-tp2-ep2", "qwen3_5-tp2", "qwen3_5_moe-megatron-pp2-ep2"],
+    [
+        "qwen3_vl-bridge-tp2",
+        "qwen3_vl_moe-tp2-ep2",
+        "qwen3_5-tp2",
+        "qwen3_5_moe-megatron-pp2-ep2",
+        "qwen2_5_vl-swift-tp2",
+    ],
 )
 def test_megatron_bridge_records_both_configs(
     fixtures: Mapping[str, Fixture],

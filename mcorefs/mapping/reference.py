@@ -63,7 +63,33 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
             f"{where} {path}: it names no model_type, so it is not the config.json of a model"
         )
     directory = given if given.is_dir() else given.parent
-    return Reference(_hub_rope(cast(dict[str, object], config)), where, directory)
+    return Reference(_hub_rope(_nested(cast(dict[str, object], config))), where, directory)
+
+
+_OF_THE_WHOLE = (
+    "architectures",
+    "model_type",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "auto_map",
+    "quantization_config",
+)
+_OF_SEEING = re.compile(r"vision_config|(?:image|video|vision|vision_start|vision_end)_token_id")
+
+
+def _nested(config: dict[str, object]) -> dict[str, object]:
+    """`config` with text_config, where a model that sees has its language model's keys beside
+    vision_config (the hub's Qwen2.5-VL)."""
+    if VISION not in config or TEXT in config or "hidden_size" not in config:
+        return config
+    whole = {
+        name: value
+        for name, value in config.items()
+        if name in _OF_THE_WHOLE or _OF_SEEING.fullmatch(name)
+    }
+    return {**whole, TEXT: {name: v for name, v in config.items() if name not in whole}}
 
 
 def own_code(reference: Reference) -> tuple[dict[str, bytes], list[str]]:
@@ -102,6 +128,9 @@ def _with_mrope(config: dict[str, object]) -> dict[str, object]:
         described = config.get(name)
         if isinstance(described, dict) and "mrope_section" in described:
             rest = {k: v for k, v in described.items() if not k.startswith("mrope_")}
+            for kind in ("type", "rope_type"):
+                if rest.get(kind) == "mrope":  # what the first that had it called it
+                    rest[kind] = "default"
             config = {**config, name: rest, "mrope_section": described["mrope_section"]}
     return config
 

@@ -18,7 +18,11 @@ _LAYERS = {
     "vision_layers": re.compile(rf"{VISION}(?:blocks|decoder\.layers)\.(\d+)\."),
     "vision_deepstack": re.compile(rf"{VISION}(?:decoder\.)?deepstack_merger_list\.(\d+)\."),
 }
-_FC1 = ("blocks.*.mlp.linear_fc1.weight", "decoder.layers.*.mlp.linear_fc1.weight")
+_FC1 = (
+    "blocks.*.mlp.linear_fc1.weight",
+    "decoder.layers.*.mlp.linear_fc1.weight",
+    "blocks.*.mlp.gate_proj.weight",
+)
 _SIZES: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "vision_hidden": (("patch_embed.proj.weight",), 5, 0),
     "vision_channels": (("patch_embed.proj.weight",), 5, 1),
@@ -26,7 +30,7 @@ _SIZES: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "vision_patch": (("patch_embed.proj.weight",), 5, 3),
     "vision_positions": (("pos_embed.weight",), 2, 0),
     "vision_ffn": (_FC1, 2, 0),
-    "vision_merged": (("merger.linear_fc1.weight",), 2, 1),
+    "vision_merged": (("merger.linear_fc1.weight", "merger.mlp.*.weight"), 2, 1),
 }
 """(which tensor has it, how many axes that has, on which of them)."""
 

@@ -43,6 +43,7 @@ _FAMILIES: Mapping[str, str] = {
     "Phi3": "phi3",
     "Qwen2": "qwen2",
     "Qwen25": "qwen2",
+    "Qwen25VL": "qwen2_5_vl",
     "Qwen3": "qwen3",
     "Qwen3MoE": "qwen3_moe",
     "Qwen3Next": "qwen3_next",

@@ -197,7 +197,9 @@ class _Reader:
         at = FAMILIES[self.spec.family].mtp_at
         if at and self.layer and (number := int(self.layer) - self.spec.layers) >= 0:
             hf = hf.replace(HF_LAYER, at.replace("{mtp}", str(number)))
-        if self.spec.vision and hf.startswith("model.") and not hf.startswith(HF_VISION):
+        if self.spec.vision and FAMILIES[self.spec.family].hub_names:
+            hf = hf.replace(HF_VISION, "visual.", 1)
+        elif self.spec.vision and hf.startswith("model.") and not hf.startswith(HF_VISION):
             hf = hf.replace("model.", "model.language_model.", 1)
         return hf.replace("{layer}", self.layer).replace("{expert}", self.expert)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Literal
 
 from mcorefs.mapping.blocks.keys import MODEL_KEYS, arg, dim
 from mcorefs.mapping.blocks.names import INPUT_NORM, MLAYER, MLP_NORM
@@ -33,6 +34,13 @@ def in_language_model(rules: Iterable[Rule]) -> tuple[Rule, ...]:
         return _LANGUAGE + name.removeprefix("model.") if name.startswith("model.") else name
 
     return tuple(replace(rule, hf=named(rule.hf), sorts_as=named(rule.sorts_as)) for rule in rules)
+
+
+def of_module(hf: str, shapes: Mapping[str, tuple[str, ...]]) -> Iterator[Rule]:
+    """Rules of a module of transformers', whose tensors `shapes` names in its order."""
+    for name, shape in shapes.items():
+        stack: Literal["decoder", "vision"] = "vision" if "{layer}" in name else "decoder"
+        yield Rule(hf + name, VISION + name, shape, stack=stack)
 
 
 def _one_by_one(view: View, facts: Facts) -> View:
@@ -65,7 +73,7 @@ def _at(places: Iterable[str]) -> Iterator[str]:
 
 def _merger(at: str, megatron: str, norm: str) -> Iterator[Rule]:
     """What makes one vector for the language model out of those of neighbouring patches."""
-    stack = "deepstack" if "{layer}" in at else "decoder"
+    stack: Literal["decoder", "deepstack"] = "deepstack" if "{layer}" in at else "decoder"
     shapes: Mapping[str, tuple[str, ...]] = {
         "norm": (norm,),
         "linear_fc1": ("vision_merged", "vision_merged"),
@@ -78,7 +86,7 @@ def _merger(at: str, megatron: str, norm: str) -> Iterator[Rule]:
                 f"{_HF}{at}{module}.{name}",
                 (f"{VISION}{at}{module}.{name}", f"{VISION}{megatron}{native}.{name}"),
                 shape if name == "weight" else shape[:1],
-                stack=stack,  # type: ignore[arg-type]
+                stack=stack,
             )
 
 
@@ -132,12 +140,9 @@ def _mrope(facts: Facts) -> object | None:
     return list(found) if isinstance(found, list | tuple) else None
 
 
-MROPE_KEYS: Mapping[str, Key] = {
-    "mrope_section": Key(_mrope),
-    "mrope_interleaved": Key(lambda facts: Soft(True)),
-}
-"""How many of the rotated elements follow each of the three positions of an image, and that they
-do in turns."""
+_MROPE_SECTION = Key(_mrope)
+"""How many of the rotated elements follow each of the three positions of an image."""
+_IN_TURNS = Key(lambda facts: Soft(True))
 
 TOKEN_KEYS: Mapping[str, Key] = {
     name: arg(name)
@@ -159,7 +164,11 @@ IN_TEXT_CONFIG = Key(lambda facts: Proven(facts.tied))
 """tie_word_embeddings, where some engines look for it and transformers does not."""
 
 
-def only(keys: Mapping[str, Key], *without: str) -> Mapping[str, Key]:
-    """`keys` of a language model by itself, but for what its config has not inside another."""
+def only(keys: Mapping[str, Key], *without: str, interleaved: bool = True) -> Mapping[str, Key]:
+    """`keys` of a language model by itself, but for what its config has not inside another.
+
+    `interleaved`: elements follow the three positions of an image in turns.
+    """
     found = {name: key for name, key in keys.items() if name not in without}
-    return {**found, **MROPE_KEYS, "tie_word_embeddings": IN_TEXT_CONFIG}
+    found |= {"mrope_section": _MROPE_SECTION, "tie_word_embeddings": IN_TEXT_CONFIG}
+    return {**found, "mrope_interleaved": _IN_TURNS} if interleaved else found

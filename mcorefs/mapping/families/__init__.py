@@ -29,6 +29,7 @@ from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
 from mcorefs.mapping.families.olmoe import OLMOE
 from mcorefs.mapping.families.phi3 import PHI3
 from mcorefs.mapping.families.qwen2 import QWEN2
+from mcorefs.mapping.families.qwen2_5_vl import QWEN2_5_VL
 from mcorefs.mapping.families.qwen2_moe import QWEN2_MOE
 from mcorefs.mapping.families.qwen3 import QWEN3
 from mcorefs.mapping.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
@@ -66,6 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     OLMOE,
     PHI3,
     QWEN2,
+    QWEN2_5_VL,
     QWEN2_MOE,
     QWEN3,
     QWEN3_5,

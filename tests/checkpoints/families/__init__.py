@@ -34,6 +34,7 @@ from .nemotron_h import NEMOTRON_H
 from .olmoe import OLMOE
 from .phi3 import PHI3
 from .qwen2 import QWEN2
+from .qwen2_5_vl import QWEN2_5_VL
 from .qwen2_moe import QWEN2_MOE
 from .qwen3 import QWEN3
 from .qwen3_5 import QWEN3_5
@@ -73,6 +74,7 @@ FAMILIES: Mapping[str, Family] = {
     "olmoe": OLMOE,
     "phi3": PHI3,
     "qwen2": QWEN2,
+    "qwen2_5_vl": QWEN2_5_VL,
     "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_5": QWEN3_5,

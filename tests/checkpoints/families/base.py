@@ -340,6 +340,9 @@ class Family:
     vision: Callable[[Spec], Values] | None = None
     """Of a model that sees: what transformers' config class is called with beside text_config,
     which is `config`. Its language model's tensors go by their names in one by itself."""
+    hub_names: bool = False
+    """Of a model that sees: its save names its language model's tensors as one by itself does, and
+    what sees `visual`."""
     turned: tuple[str, ...] = ()
     """Ends of the names of tensors [expert, out, in] that the hub's files have as
     [expert, in, out]: transformers 4 saves them so, 5 reads them so, and saves them otherwise."""
