@@ -18,7 +18,14 @@ from mcorefs.dtypes import BF16, BY_NAME, F32
 from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.index import Chunk, Span, stored_tensor
-from mcorefs.mapping.blocks.attention import head_gamma, in_halves, key, query, value
+from mcorefs.mapping.blocks.attention import (
+    fused_qkv,
+    head_gamma,
+    in_halves,
+    key,
+    query,
+    value,
+)
 from mcorefs.mapping.blocks.delta_net import zero_centred
 from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.choose import Choice, choose
@@ -417,7 +424,7 @@ def test_what_is_rotated_together_is_nobodys_oversight(family: Family) -> None:
     assert blocks
     aware = {query, key, in_halves, head_gamma}
     # Those of these two are made of the first ones (tests/test_olmoe.py).
-    assert blocks <= aware or family in (PHI3, OLMOE)
+    assert blocks <= aware | {fused_qkv} or family in (PHI3, OLMOE)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

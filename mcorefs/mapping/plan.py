@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -163,15 +163,19 @@ def _sort_key(family: Family, rule: Rule, name: str, place: _Place, position: in
     of the rule and the expert."""
     if family.natural_order:
         return natural_key(place.fill(rule.sorts_as) if rule.sorts_as else name)
+    key: tuple[int, ...] = (position,)
+    if "{expert}" in rule.hf:  # one after the other
+        key = (_first(family, "{expert}", lambda other: other.stack == rule.stack), place.expert)
     for placeholder, number in (("{layer}", place.layer), ("{mtp}", place.mtp)):
-        if placeholder in rule.hf:  # one layer after the other, where the first rule of them is
-            alike = (
-                first
-                for first, other in enumerate(family.rules)
-                if placeholder in other.hf and _stack(other) == _stack(rule)
-            )
-            return (next(alike), number)
-    return (position, 0)
+        if placeholder in rule.hf:
+            alike = _first(family, placeholder, lambda other: _stack(other) == _stack(rule))
+            return (alike, number, *key)
+    return key
+
+
+def _first(family: Family, placeholder: str, is_alike: Callable[[Rule], bool]) -> int:
+    """Position of the first rule that is alike and has the placeholder."""
+    return next(i for i, r in enumerate(family.rules) if placeholder in r.hf and is_alike(r))
 
 
 def _stack(rule: Rule) -> str:

@@ -57,7 +57,7 @@ def _predictions(
     spec: Spec, model: PreTrainedModel, tokens: Tensor, hidden: Tensor
 ) -> Iterator[Tensor]:
     """What transformers' layers for multi-token prediction make of each token and the next."""
-    if spec.mtp and isinstance(model, own_code.MiMoForCausalLM):
+    if spec.mtp and isinstance(model, own_code.MiMoForCausalLM | own_code.BailingMoeV2ForCausalLM):
         yield from model.predictions(tokens, hidden)
     elif spec.mtp:
         behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mcorefs.mapping.families.bailing_moe_v2 import BAILING_MOE_V2
 from mcorefs.mapping.families.deepseek_v2 import DEEPSEEK_V2
 from mcorefs.mapping.families.deepseek_v3 import DEEPSEEK_V3
 from mcorefs.mapping.families.deepseek_v32 import DEEPSEEK_V32
@@ -40,6 +41,7 @@ from mcorefs.mapping.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
+    BAILING_MOE_V2,
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V32,

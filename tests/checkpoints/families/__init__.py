@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from .. import spec
 from ..spec import Spec
+from .bailing_moe_v2 import BAILING_MOE_V2
 from .base import Family
 from .deepseek_v2 import DEEPSEEK_V2
 from .deepseek_v3 import DEEPSEEK_V3
@@ -47,6 +48,7 @@ from .qwen3_vl import QWEN3_VL
 from .qwen3_vl_moe import QWEN3_VL_MOE
 
 FAMILIES: Mapping[str, Family] = {
+    "bailing_moe_v2": BAILING_MOE_V2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": DEEPSEEK_V32,
@@ -88,6 +90,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 _MUST_BE_NAMED = (
+    "bailing_moe_v2",
     "dots1",
     "ernie4_5",
     "ernie4_5_moe",
