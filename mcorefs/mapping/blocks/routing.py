@@ -19,6 +19,13 @@ SPARSE_LAYER_KEYS: Mapping[str, Key] = {
 }
 """Qwen's: any layer may be dense."""
 
+MLP_LAYER_TYPES = Key(
+    lambda facts: [
+        "sparse" if layer in facts.moe_layers else "dense" for layer in range(facts.dims["layers"])
+    ]
+)
+"""mlp_layer_types."""
+
 FIRST_K_DENSE = Key(lambda facts: len(facts.dense_layers))
 """first_k_dense_replace, where `leading_dense` holds."""
 

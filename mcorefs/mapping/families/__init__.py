@@ -10,6 +10,7 @@ from mcorefs.mapping.families.dots1 import DOTS1
 from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
 from mcorefs.mapping.families.exaone4 import EXAONE4
+from mcorefs.mapping.families.exaone_moe import EXAONE_MOE
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
@@ -49,6 +50,7 @@ FAMILIES: tuple[Family, ...] = (
     ERNIE4_5,
     ERNIE4_5_MOE,
     EXAONE4,
+    EXAONE_MOE,
     GEMMA,
     GEMMA2,
     GEMMA3_TEXT,

@@ -6,13 +6,16 @@ from mcorefs.mapping.blocks.deepseek import (
     DEEPSEEK_CHECKS,
     DEEPSEEK_KEYS,
     DEEPSEEK_LAYER,
-    mlp_layer_types,
 )
 from mcorefs.mapping.blocks.mla import MLA_REQUIRES
 from mcorefs.mapping.blocks.mlp import expert_bias
 from mcorefs.mapping.blocks.model import EMBED, HEAD, NORM
 from mcorefs.mapping.blocks.mtp import NEXTN_KEYS, mtp_behind
-from mcorefs.mapping.blocks.routing import SIGMOID_REQUIRES, best_two_of_each_group
+from mcorefs.mapping.blocks.routing import (
+    MLP_LAYER_TYPES,
+    SIGMOID_REQUIRES,
+    best_two_of_each_group,
+)
 from mcorefs.mapping.family import Family, Key
 
 _LAYER = (*DEEPSEEK_LAYER, expert_bias("mlp.gate.e_score_correction_bias"))
@@ -25,7 +28,7 @@ GLM4_MOE_LITE = Family(
     config={
         **DEEPSEEK_KEYS,
         **NEXTN_KEYS,
-        "mlp_layer_types": Key(mlp_layer_types),
+        "mlp_layer_types": MLP_LAYER_TYPES,
         "rope_interleave": Key(lambda facts: True),
         "scoring_func": Key(lambda facts: "sigmoid"),
         "topk_method": Key(lambda facts: "noaux_tc"),

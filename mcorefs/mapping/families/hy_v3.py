@@ -24,6 +24,7 @@ from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
 from mcorefs.mapping.blocks.routing import (
     FIRST_K_DENSE,
     FREE_SIGMOID_REQUIRES,
+    MLP_LAYER_TYPES,
     N_SHARED_EXPERTS,
     SIGMOID_KEYS,
     leading_dense,
@@ -31,13 +32,7 @@ from mcorefs.mapping.blocks.routing import (
     several_experts,
     whole_shared_experts,
 )
-from mcorefs.mapping.family import Facts, Family, Key
-
-
-def _mlp_types(facts: Facts) -> object:
-    layers = range(facts.dims["layers"])
-    return ["sparse" if layer in facts.moe_layers else "dense" for layer in layers]
-
+from mcorefs.mapping.family import Family, Key
 
 HY_V3 = Family(
     name="hy_v3",
@@ -65,7 +60,7 @@ HY_V3 = Family(
         "num_shared_experts": N_SHARED_EXPERTS,
         "moe_intermediate_size": dim("moe_ffn", "expert_hidden_dim"),
         "router_scaling_factor": SIGMOID_KEYS["routed_scaling_factor"],
-        "mlp_layer_types": Key(_mlp_types),
+        "mlp_layer_types": MLP_LAYER_TYPES,
         "enable_moe_fp32_combine": constant(True),  # how sums are rounded
         "output_router_logits": constant(False),
         # What other code than transformers' asks for.
