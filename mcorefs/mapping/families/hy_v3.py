@@ -1,6 +1,7 @@
 """HunYuan's HY-V3: the first layers dense, then experts with shared ones and a router of sigmoids
 with a bias for each expert; norms of heads. All of which GLM-4.5 can have: what is not named is
-served as that, under its names, and computes the same."""
+served as that, under its names, and computes the same. Layers for multi-token prediction have no
+place here yet."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from mcorefs.mapping.blocks.mlp import (
     shared_experts,
 )
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
+from mcorefs.mapping.blocks.mtp import NEXTN_KEYS
 from mcorefs.mapping.blocks.routing import (
     FIRST_K_DENSE,
     FREE_SIGMOID_REQUIRES,
@@ -53,6 +55,7 @@ HY_V3 = Family(
     config={
         **BASE_KEYS,
         **GQA_KEYS,
+        **NEXTN_KEYS,
         "attention_bias": Key(lambda facts: False),
         "mlp_bias": Key(lambda facts: False),
         "num_experts": dim("experts", "num_local_experts"),

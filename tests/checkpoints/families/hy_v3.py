@@ -40,6 +40,7 @@ def _config(spec: Spec) -> Values:
         "moe_intermediate_size": spec.moe_ffn,
         "router_scaling_factor": spec.routed_scaling,
         "mlp_layer_types": kinds,
+        "num_nextn_predict_layers": 0,
     }
 
 
