@@ -16,7 +16,7 @@ from mcorefs.mapping.blocks.routing import (
     no_sinkhorn,
     whole_shared_experts,
 )
-from mcorefs.mapping.family import Check, Facts, Key
+from mcorefs.mapping.family import Check, Key
 
 DEEPSEEK_MLP = (
     *GATED_MLP,
@@ -43,8 +43,3 @@ DEEPSEEK_CHECKS: tuple[Check, ...] = (
     whole_shared_experts,
     no_sinkhorn,
 )
-
-
-def mlp_layer_types(facts: Facts) -> list[str]:
-    layers = range(facts.dims["layers"])
-    return ["sparse" if layer in facts.moe_layers else "dense" for layer in layers]

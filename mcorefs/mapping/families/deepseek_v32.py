@@ -6,7 +6,6 @@ from mcorefs.mapping.blocks.deepseek import (
     DEEPSEEK_CHECKS,
     DEEPSEEK_KEYS,
     DEEPSEEK_MLP,
-    mlp_layer_types,
 )
 from mcorefs.mapping.blocks.indexer import (
     INDEX_KEYS,
@@ -20,7 +19,7 @@ from mcorefs.mapping.blocks.indexer import (
 from mcorefs.mapping.blocks.mlp import expert_bias
 from mcorefs.mapping.blocks.model import EMBED, HEAD, NORM
 from mcorefs.mapping.blocks.mtp import NEXTN_KEYS, mtp_behind
-from mcorefs.mapping.blocks.routing import SIGMOID_REQUIRES, best_two_of_each_group
+from mcorefs.mapping.blocks.routing import MLP_LAYER_TYPES, SIGMOID_REQUIRES, best_two_of_each_group
 from mcorefs.mapping.family import Family, Key
 
 _LAYER = (
@@ -39,7 +38,7 @@ DEEPSEEK_V32 = Family(
         **INDEX_KEYS,
         **NEXTN_KEYS,
         "indexer_rope_interleave": Key(lambda facts: False),
-        "mlp_layer_types": Key(mlp_layer_types),
+        "mlp_layer_types": MLP_LAYER_TYPES,
         "mlp_bias": Key(lambda facts: False),
         "scoring_func": Key(lambda facts: "sigmoid"),
         "topk_method": Key(lambda facts: "noaux_tc"),
