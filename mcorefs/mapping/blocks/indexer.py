@@ -19,7 +19,7 @@ from mcorefs.mapping.blocks.keys import arg, dim
 from mcorefs.mapping.blocks.mla import DIRECT_QUERIES, LATENT_QUERIES, MLA, MLA_REQUIRES
 from mcorefs.mapping.blocks.model import gamma
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
-from mcorefs.mapping.family import Block, Facts, Key, Rule, Soft
+from mcorefs.mapping.family import Block, Facts, Key, Rule, Soft, whole
 from mcorefs.views import Cat, Flatten, Narrow, Unflatten, View
 
 _AT = MLAYER + "self_attention.core_attention.indexer."
@@ -70,12 +70,17 @@ def _rotated_first(block: Block) -> Block:
     return made
 
 
+index_rows, index_gamma = _rotated_first(whole), _rotated_first(gamma)
+"""Blocks: what there is of each element of a head, and of them the weight of the norm."""
+
+
 def _wherever(rule: Rule) -> Rule:
     """`rule` for the layers with an indexer, also where that is slime's."""
     source = rule.sources[0]
     apart = source.replace("core_attention.indexer.", "").replace(".linear_", ".")
-    has_heads = "index_heads" not in rule.shape
-    block = _rotated_first(rule.block) if has_heads else rule.block
+    block = index_gamma if rule.block is gamma else index_rows
+    if "index_heads" in rule.shape:
+        block = rule.block
     return replace(rule, source=(source, apart), block=block, layers="indexed")
 
 
