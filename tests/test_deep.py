@@ -38,7 +38,7 @@ def fixtures() -> dict[str, Fixture]:
 
 def check(fixture: Fixture, root: Path) -> tuple[Findings, Findings]:
     """(numbers, copies)."""
-    reference = fixture.hf if fixture.spec.common == "no_args" else None
+    reference = fixture.hf if fixture.spec.needs_reference else None
     family = family_to_name(fixture.spec)
     options = Options(vocab_size=fixture.spec.vocab_size, hf_config=reference, family=family)
     opened = open_tree(root, options)

@@ -30,7 +30,7 @@ def fixtures() -> Mapping[str, Fixture]:
 def options(fixture: Fixture, dtype: str | None = None) -> Options:
     """What the user must add to what this checkpoint records, and no more."""
     weights = fixture.spec.oracle_weights
-    if fixture.spec.common == "no_args" or fixture.spec.vision:
+    if fixture.spec.needs_reference:
         return Options(hf_config=fixture.hf, dtype=dtype, weights=weights)
     recorded = fixture.spec.vocab_size_in_args
     vocab_size = None if recorded else fixture.spec.vocab_size

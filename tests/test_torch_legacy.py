@@ -50,7 +50,7 @@ def fixtures() -> Mapping[str, Fixture]:
 
 def served(fixture: Fixture, root: Path | None = None) -> dict[str, bytes]:
     """The safetensors files (and their index) that mcorefs makes of a fixture, or of a copy."""
-    reference = fixture.hf if fixture.spec.common == "no_args" else None
+    reference = fixture.hf if fixture.spec.needs_reference else None
     family = family_to_name(fixture.spec)
     options = Options(vocab_size=fixture.spec.vocab_size, hf_config=reference, family=family)
     model = load(root or fixture.root, options)

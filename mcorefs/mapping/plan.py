@@ -268,7 +268,7 @@ def against(family: Family, facts: Facts) -> list[str]:
     for rule in family.rules:
         if rule.when and rule.when not in facts.kinds:
             continue
-        sources = {re.sub(r"\{\w+\}", "*", source) for source in rule.sources}
+        sources = {kind(re.sub(r"\{\w+\}", "*", source)) for source in rule.sources}
         used |= sources
         is_needed = rule.layers != "dense" or bool(facts.dense_layers)
         if rule.stack != "decoder":

@@ -205,6 +205,11 @@ class Spec:
         return not (self.format == "torch_dcp" and self.tp > 1)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the save alone does not say all that its config.json must say."""
+        return self.common == "no_args" or self.vision is not None
+
+    @property
     def oracle_weights(self) -> Literal["model", "optimizer"]:
         """Where the oracle's weights lie; Megatron-FSDP saves the optimizer's as the model's."""
         beside = self.main_weights and self.format != "fsdp_dtensor"
