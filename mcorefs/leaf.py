@@ -14,7 +14,7 @@ from mcorefs.index import Chunk, StoredTensor
 from mcorefs.storage import Placed, Storage
 from mcorefs.views import Array, View
 
-GATHER_BYTES = 1 << 20
+GATHER_BYTES = 256 << 10
 """Most bytes taken from disk at once for elements that do not lie together: so few that they are
 still in the processor's cache when they are put in place."""
 

@@ -21,6 +21,9 @@ from mcorefs.boxes import Box, Shape, flat_range_boxes
 from mcorefs.dtypes import DType
 from mcorefs.index import StoredTensor
 
+_MOST_PARTS = 16
+"""Parts that a box is read in, to save a copy of all of it."""
+
 Array = NDArray[Any]
 Leaf = Callable[[StoredTensor, Box, Array], None]
 """leaf(tensor, box, out): fill `out` (any strides, carrier dtype, shape box.sizes) with the box."""
@@ -156,8 +159,15 @@ class Unflatten(_Unary):
             part = out[(slice(None),) * axis + where]
             shape = _splice(box.sizes, axis, count, (length,))
             run = Box(_splice(box.offsets, axis, count, (start,)), shape)
-            if _is_one_axis(part, axis, axis + part.ndim - len(shape) + 1):
+            end = axis + part.ndim - len(shape) + 1
+            if _is_one_axis(part, axis, end):
                 self.source.read_into(run, part.reshape(shape), leaf)
+            elif part.shape[axis] <= _MOST_PARTS and _is_one_axis(part, axis + 1, end):
+                for i, one in enumerate(np.moveaxis(part, axis, 0)):
+                    count_of_one = length // part.shape[axis]
+                    shape = _replace(shape, axis, count_of_one)
+                    offsets = _replace(run.offsets, axis, start + i * count_of_one)
+                    self.source.read_into(Box(offsets, shape), one.reshape(shape), leaf)
             else:
                 whole = np.empty(shape, out.dtype)
                 self.source.read_into(run, whole, leaf)

@@ -178,3 +178,15 @@ def _some(dtype: DType, shape: Shape) -> View:
 def test_impossible_nodes_are_refused(make: Callable[[View], View]) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         make(_some(BF16, (4, 6)))
+
+
+def test_rows_in_turns_are_read_without_a_copy_of_all() -> None:
+    """Gate and up rows of gpt-oss: each half goes straight into every other place."""
+    memory = Memory()
+    tensor = memory.add(BF16, (12, 5), [Box.whole((12, 5))])
+    view = Flatten(Permute(Unflatten(Stored(tensor), 0, (2, 6)), (2, 1, 0)), 1, 2)
+    out = np.empty((5, 12), BF16.carrier)
+    parts: list[Array] = []
+    view.read_into(Box.whole(view.shape), out, lambda *asked: parts.append(asked[2]))
+    assert len(parts) == 2
+    assert all(np.shares_memory(part, out) for part in parts)
