@@ -396,10 +396,17 @@ def test_forked_processes_read_on_their_own(
 
 
 def test_interrupting_leaves_nothing_behind(store: ObjectStore, tmp_path: Path) -> None:
-    with store.failing(lambda request: time.sleep(0.5) if is_shard(request) else None):
+    reading = threading.Event()
+
+    def slow(request: Request) -> None:
+        if is_shard(request):
+            reading.set()
+            time.sleep(0.5)
+
+    with store.failing(slow):
         command = [sys.executable, "-m", "mcorefs", "materialize", f"s3://bucket/{MOE}"]
         process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE)
-        time.sleep(1.5)
+        assert reading.wait(120)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said

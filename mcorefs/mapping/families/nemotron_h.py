@@ -184,8 +184,8 @@ def no_mtp(facts: Facts) -> str | None:
     if not any(name.startswith("mtp.") for name in facts.kinds):
         return None
     return (
-        "it holds layers for multi-token prediction, which are not supported for this family yet: "
-        "transformers has no class for them"
+        "it holds layers for multi-token prediction, which transformers has no class for: --no-mtp "
+        "serves the model without them"
     )
 
 
