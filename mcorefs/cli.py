@@ -164,7 +164,7 @@ def mount(
         files = wording.count(len(tree.weights), "file")
         say(f"{wording.summary(source)} in {files}, at {mnt}")
         remarks(source)
-        say(wording.how_to_load(mnt))
+        say(wording.how_to_load(mnt, source.architecture))
         say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
         if prefetch and foreground:
             Thread(target=_prefetch, args=(mnt, tree), daemon=True).start()

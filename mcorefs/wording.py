@@ -107,11 +107,13 @@ def findings(check: Check, found: Findings) -> Iterator[str]:
     )
 
 
-def how_to_load(mnt: Path) -> str:
+def how_to_load(mnt: Path, architecture: str) -> str:
     """The engines prefetch by themselves on NFS and Lustre only, so they are told to
     (vllm-project/vllm pull 39422; sgl-project/sglang pull 37806)."""
+    sees = architecture.endswith("ForConditionalGeneration")
+    kind = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     return (
-        f'  transformers  AutoModelForCausalLM.from_pretrained("{mnt}", dtype="auto")\n'
+        f'  transformers  {kind}.from_pretrained("{mnt}", dtype="auto")\n'
         f"  vLLM          vllm serve {mnt} --safetensors-load-strategy=prefetch\n"
         f"  SGLang        python -m sglang.launch_server --model-path {mnt} "
         "--weight-loader-prefetch-checkpoints"

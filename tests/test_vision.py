@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import Tensor
 
 from mcorefs.errors import MappingError
 from mcorefs.files import read_all
+from mcorefs.mapping.families.qwen3_vl import QWEN3_VL_MOE
 from mcorefs.mapping.tokenizer import PROCESSOR
 from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
+from mcorefs.wording import how_to_load
 from tests.checkpoints import SPECS, Fixture, ensure
 from tests.checkpoints.families import FAMILIES
 from tests.checkpoints.families.qwen3_vl import END, IMAGE, START
@@ -243,7 +246,7 @@ def test_megatron_bridge_records_both_configs(
     assert model.companions.trainer == "Megatron-Bridge"
     is_whole(model, fixture)
     assert attributes(write_config(model, tmp_path / "config")) == expected(fixture, model)
-    assert said(model, f"no {PROCESSOR[0]} was found")
+    assert said(model, f"no {PROCESSOR[0]} was found beside a tokenizer: ")
 
 
 def test_what_nothing_says_is_asked_for(fixtures: Mapping[str, Fixture]) -> None:
@@ -291,3 +294,25 @@ def test_no_other_task(fixtures: Mapping[str, Fixture]) -> None:
     fixture = fixtures["qwen3_vl-bridge-tp2"]
     with pytest.raises(MappingError, match="not served for the task embedding"):
         load(fixture.root, Options(hf_config=fixture.hf, task="embedding"))
+
+
+def test_a_mount_says_how_to_load_it(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    model = load(
+        fixtures["qwen3_vl-bridge-tp2"].root,
+        Options(hf_config=fixtures["qwen3_vl-bridge-tp2"].hf),
+    )
+    text = how_to_load(tmp_path, model.architecture)
+    assert f'AutoModelForImageTextToText.from_pretrained("{tmp_path}"' in text
+    assert "AutoModelForCausalLM" in how_to_load(tmp_path, "Qwen3ForCausalLM")
+
+
+def test_experts_that_no_shape_tells_the_way_of(fixtures: Mapping[str, Fixture]) -> None:
+    """transformers 5 would take a square weight as it lies, other readers would turn it."""
+    facts = load(
+        fixtures["qwen3_vl_moe-tp2-ep2"].root,
+        Options(hf_config=fixtures["qwen3_vl_moe-tp2-ep2"].hf),
+    ).facts
+    for width, is_told in ((48, True), (64, False), (32, False)):
+        square = replace(facts, dims={**facts.dims, "moe_ffn": width})
+        told = [check(square) for check in QWEN3_VL_MOE.checks]
+        assert (not any(told)) is is_told

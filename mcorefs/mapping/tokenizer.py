@@ -118,10 +118,10 @@ def with_processor(found: Tokenizer, places: Sequence[Path]) -> Tokenizer:
         if names:
             files = {name: _read(place / name) for name in names}
             return replace(found, files={**found.files, **files})
-    looked = ", ".join(dict.fromkeys((found.source, *map(str, places))))
+    looked = "".join(f" or in {place}" for place in dict.fromkeys(places))
     remark = (
-        f"no {PROCESSOR[0]} was found in {looked}: AutoProcessor cannot make pixels of images; "
-        "--hf-config DIR says where the model lies that it was trained from"
+        f"no {PROCESSOR[0]} was found beside a tokenizer{looked}: AutoProcessor cannot make pixels "
+        "of images; --hf-config DIR says where the model lies that it was trained from"
     )
     return replace(found, remarks=(*found.remarks, remark))
 
