@@ -32,6 +32,7 @@ from tests.checkpoints.families.qwen3_vl import END, IMAGE, START
 from tests.providers import provider
 from tests.test_config import attributes, materialise, refusal, said, write_config
 from tests.test_ms_swift import ARGS
+from tests.test_torch_legacy import StateDict, rewritten
 
 NAMES = [name for name, spec in SPECS.items() if spec.vision]
 
@@ -316,3 +317,19 @@ def test_experts_that_no_shape_tells_the_way_of(fixtures: Mapping[str, Fixture])
         square = replace(facts, dims={**facts.dims, "moe_ffn": width})
         told = [check(square) for check in QWEN3_VL_MOE.checks]
         assert (not any(told)) is is_told
+
+
+def test_a_language_model_by_itself_is_one(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
+    """Where the trainer names the whole, of which the run trained and saved but that."""
+    fixture = fixtures["torch-qwen3_vl-swift-tp2-pp2"]
+
+    def deaf(state: StateDict, _: str) -> None:
+        state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("visual.")}
+
+    root = rewritten(fixture, tmp_path / "root", deaf)
+    (root / "args.json").write_text(json.dumps({**ARGS, "model_type": "qwen3_vl"}))
+    with pytest.raises(MappingError, match="as Qwen3ForCausalLM") as caught:
+        load(root, Options(vocab_size=307))
+    assert "position_embedding_type='mrope'" in caught.value.problems[0]
+    with pytest.raises(MappingError, match=r"needs vision_model.patch_embed.proj.weight"):
+        load(root, Options(hf_config=fixture.hf))

@@ -63,9 +63,9 @@ def choose(
     if isinstance(model_type, str):
         family = _by_name(model_type, f"model_type in {reference.where}")
         return Choice(family, (f"model_type {model_type} in {reference.where}",))
-    if (
-        hinted := next((family for family in FAMILIES if family.is_called(hint)), None)
-    ) is not None:
+    hinted = next((family for family in FAMILIES if family.is_called(hint)), None)
+    # Of a model that sees, a run may have trained but the language model.
+    if hinted is not None and bool(hinted.sections) <= _sees(facts):
         return Choice(hinted, (f"the trainer names model_type {hint}",))
     return _shown(tensors, facts)
 
@@ -73,7 +73,7 @@ def choose(
 def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
     """The family that has a use for each kind of tensor there is; of several, the one against which
     the fewest shapes and arguments speak. What else speaks against it is for planning to report."""
-    sees = any(kind.startswith(VISION) for kind in facts.kinds)
+    sees = _sees(facts)
     families = [family for family in FAMILIES if bool(family.sections) == sees]
     weighed = {family.name: against(family, facts) for family in families}
     fitting = [family for family in families if not weighed[family.name]]
@@ -102,6 +102,10 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         best,
         (*_evidence(weighed), *(f"not {other.name}: {doubted[other.name][0]}" for other in others)),
     )
+
+
+def _sees(facts: Facts) -> bool:
+    return any(kind.startswith(VISION) for kind in facts.kinds)
 
 
 def _not_that(name: str, reasons: Sequence[str]) -> str:
