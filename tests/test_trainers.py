@@ -325,7 +325,7 @@ def test_slime(moe: Fixture, tmp_path: Path) -> None:
         ("nemo.collections.llm.gpt.model.llama.CodeLlamaConfig7B", "llama"),
         ("Qwen3MoEConfig", "qwen3_moe"),
         ("nemo.collections.llm.gpt.model.llama_embedding.Llama32EmbeddingConfig1B", None),
-        ("megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider", None),
+        ("megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider", "qwen3_vl"),
         ("megatron.bridge.models.gpt_provider.GPTModelProvider", None),
         ("megatron.bridge.models.gpt.model_config.BridgeGPTModelConfig", None),
         ("nemo.collections.llm.gpt.model.qwen3.Qwen3Model", None),
