@@ -190,7 +190,7 @@ def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOpti
             say(f"The newest is {wording.summary(source)}")
             remarks(source)
             say(f"{mnt / LATEST} leads to it for now; give an engine $(realpath {mnt / LATEST})")
-            say(wording.how_to_load(mnt / living.names[-1]))
+            say(wording.how_to_load(mnt / living.names[-1], source.architecture))
         else:
             say("None is complete yet: they appear when they have been saved")
         say(f"Unmount: mcorefs umount {mnt}")
