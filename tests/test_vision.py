@@ -29,6 +29,7 @@ from mcorefs.wording import how_to_load
 from tests.checkpoints import SPECS, Fixture, ensure
 from tests.checkpoints.families import FAMILIES
 from tests.checkpoints.families.qwen3_vl import END, IMAGE, START
+from tests.edited import with_args
 from tests.providers import provider
 from tests.test_config import attributes, materialise, refusal, said, write_config
 from tests.test_ms_swift import ARGS
@@ -74,6 +75,7 @@ OTHERWISE: tuple[tuple[str, str, object], ...] = (
     ("vision_config", "deepstack_visual_indexes", [0, 1]),
     ("vision_config", "fullatt_block_indexes", [0]),
     ("vision_config", "window_size", 32),
+    ("vision_config", "rms_norm_eps", 1e-2),
 )
 """Changes no tensor, only what is computed with it; ... gives the first all there is."""
 
@@ -127,8 +129,10 @@ def hub_config(fixture: Fixture) -> dict[str, Any]:
     config["text_config"]["rope_theta"] = rotary.pop("rope_theta")
     config["text_config"]["rope_scaling"] = rotary
     config["vision_config"].pop("rope_parameters")
-    if fixture.spec.family == "qwen2_5_vl":  # where all is in one
-        rotary["type"] = "mrope"
+    if "partial_rotary_factor" in rotary:
+        config["text_config"]["partial_rotary_factor"] = rotary.pop("partial_rotary_factor")
+    if fixture.spec.family in ("qwen2_5_vl", "glm4v"):  # where all is in one
+        rotary["type"] = "mrope" if fixture.spec.family == "qwen2_5_vl" else "default"
         del rotary["rope_type"]
         config = {**config.pop("text_config"), **config}
     return config
@@ -157,6 +161,8 @@ def is_whole(model: Model, fixture: Fixture) -> None:
         "qwen3_vl-swift-pp2-tied",
         "torch-qwen3_vl_moe-swift-tp2-pp2-etp2",
         "qwen2_5_vl-swift-pp2-tied",
+        "glm4v-swift-pp2-tied",
+        "torch-glm4v_moe-swift-tp2-pp2-ep2",
     ],
 )
 def test_ms_swift_says_where_the_model_lies(
@@ -190,22 +196,23 @@ def bridge_yaml() -> Any:
 
 
 def run_config(fixture: Fixture) -> str:
-    """As the provider that Qwen3VLBridge.provider_bridge makes is saved."""
+    """As the provider that provider_bridge of the family's bridge makes is saved."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(fixture.hf)
     kind = {
-        "qwen3_vl": "qwen3_vl_provider.Qwen3VLModelProvider",
-        "qwen3_vl_moe": "qwen3_vl_provider.Qwen3VLMoEModelProvider",
-        "qwen2_5_vl": "qwen25_vl_provider.Qwen25VLModelProvider",
-        "qwen3_5": "qwen35_vl_provider.Qwen35VLModelProvider",
-        "qwen3_5_moe": "qwen35_vl_provider.Qwen35VLMoEModelProvider",
+        "glm4v_moe": "glm_vl.glm_45v_provider.GLM45VModelProvider",
+        "qwen3_vl": "qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider",
+        "qwen3_vl_moe": "qwen_vl.qwen3_vl_provider.Qwen3VLMoEModelProvider",
+        "qwen2_5_vl": "qwen_vl.qwen25_vl_provider.Qwen25VLModelProvider",
+        "qwen3_5": "qwen_vl.qwen35_vl_provider.Qwen35VLModelProvider",
+        "qwen3_5_moe": "qwen_vl.qwen35_vl_provider.Qwen35VLMoEModelProvider",
     }[fixture.spec.family]
-    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = [name for name in vars(config) if name.endswith("_token_id")]
     arguments = FAMILIES[fixture.spec.family].arguments(fixture.spec)
     section = {
         **provider(fixture.spec),
-        "_target_": f"megatron.bridge.models.qwen_vl.{kind}",
+        "_target_": f"megatron.bridge.models.{kind}",
         **{name: value for name, value in arguments.items() if name != "apply_layernorm_1p"},
         "layernorm_zero_centered_gamma": "apply_layernorm_1p" in arguments,
         "bos_token_id": config.text_config.bos_token_id,
@@ -216,6 +223,8 @@ def run_config(fixture: Fixture) -> str:
     }
     if fixture.spec.family.startswith("qwen3_vl"):  # other providers do not keep it
         section["hf_text_config"] = config.text_config
+    if fixture.spec.family == "glm4v_moe":
+        del section["bos_token_id"]
     tools = bridge_yaml()
     with tools.safe_yaml_representers():
         text: str = yaml.safe_dump({"model": section})
@@ -230,6 +239,7 @@ def run_config(fixture: Fixture) -> str:
         "qwen3_5-tp2",
         "qwen3_5_moe-megatron-pp2-ep2",
         "qwen2_5_vl-swift-tp2",
+        "glm4v_moe-tp2-ep2",
     ],
 )
 def test_megatron_bridge_records_both_configs(
@@ -246,7 +256,10 @@ def test_megatron_bridge_records_both_configs(
     model = load(root, Options())
     assert model.companions.trainer == "Megatron-Bridge"
     is_whole(model, fixture)
-    assert attributes(write_config(model, tmp_path / "config")) == expected(fixture, model)
+    wanted = expected(fixture, model)
+    if fixture.spec.family == "glm4v_moe":  # whose provider does not keep it
+        wanted["text_config"]["bos_token_id"] = None
+    assert attributes(write_config(model, tmp_path / "config")) == wanted
     assert said(model, f"no {PROCESSOR[0]} was found beside a tokenizer: ")
 
 
@@ -289,6 +302,46 @@ def test_a_reference_that_disagrees_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     problems = refusal(lambda: load(fixture.root, Options(hf_config=tmp_path)))
     assert any(told in text for text in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("image_size", 28, "vision_config.image_size is 24"),
+        ("intermediate_size", 96, "vision_config.intermediate_size is 80"),
+        ("attention_bias", True, "vision_config.attention_bias is false"),
+        ("spatial_merge_size", 4, "vision_config.spatial_merge_size is 2"),
+        ("out_hidden_size", 128, "vision_config.out_hidden_size is 64"),
+    ],
+)
+def test_sizes_of_what_joins_patches_by_a_convolution(
+    fixtures: Mapping[str, Fixture], tmp_path: Path, key: str, value: object, told: str
+) -> None:
+    fixture = fixtures["glm4v-swift-tp2"]
+    config = json.loads((fixture.hf / "config.json").read_bytes())
+    config["vision_config"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    problems = refusal(lambda: load(fixture.root, Options(hf_config=tmp_path)))
+    assert any(told in text for text in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("glm4v-swift-pp2-tied", "rotary_interleaved", False),  # as mbridge trains it
+        ("glm4v-swift-pp2-tied", "mrope_interleaved", True),
+        ("glm4v_moe-swift-pp2-ep2", "rotary_interleaved", True),
+        ("glm4v_moe-swift-pp2-ep2", "mrope_interleaved", True),
+        ("glm4v_moe-swift-pp2-ep2", "moe_router_score_function", "softmax"),
+    ],
+)
+def test_what_no_key_expresses(
+    fixtures: Mapping[str, Fixture], name: str, argument: str, value: object, tmp_path: Path
+) -> None:
+    fixture = fixtures[name]
+    root = with_args(fixture, tmp_path, **{argument: value})
+    (problem,) = refusal(lambda: load(root, Options(hf_config=fixture.hf)))
+    assert f"{argument}={value!r}" in problem
 
 
 def test_no_other_task(fixtures: Mapping[str, Fixture]) -> None:

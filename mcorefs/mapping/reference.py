@@ -76,7 +76,7 @@ _OF_THE_WHOLE = (
     "auto_map",
     "quantization_config",
 )
-_OF_SEEING = re.compile(r"vision_config|(?:image|video|vision|vision_start|vision_end)_token_id")
+_OF_SEEING = re.compile(r"vision_config|(?:image|video|vision)(?:_start|_end)?_token_id")
 
 
 def _nested(config: dict[str, object]) -> dict[str, object]:

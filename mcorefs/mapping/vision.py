@@ -1,7 +1,8 @@
 """The sizes of a vision model, which is a module of transformers' or made of Megatron's layers.
 
 Sizes are those of transformers' modules (transformers:src/transformers/models/qwen3_vl/
-modeling_qwen3_vl.py); Megatron's own are named by what they are called there (`VISION_SIZES`).
+modeling_qwen3_vl.py, glm4v/modeling_glm4v.py); Megatron's own are named by what they are called
+there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ _SIZES: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "vision_channels": (("patch_embed.proj.weight",), 5, 1),
     "vision_frames": (("patch_embed.proj.weight",), 5, 2),
     "vision_patch": (("patch_embed.proj.weight",), 5, 3),
-    "vision_positions": (("pos_embed.weight",), 2, 0),
+    "vision_positions": (("pos_embed.weight", "embeddings.position_embedding.weight"), 2, 0),
     "vision_ffn": (_FC1, 2, 0),
+    "vision_merger_ffn": (("merger.gate_proj.weight",), 2, 0),
+    "vision_merge": (("downsample.weight",), 4, 2),
     "vision_merged": (("merger.linear_fc1.weight", "merger.mlp.*.weight"), 2, 1),
 }
 """(which tensor has it, how many axes that has, on which of them)."""

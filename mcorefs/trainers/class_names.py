@@ -21,6 +21,7 @@ _FAMILIES: Mapping[str, str] = {
     "DeepSeekV3": "deepseek_v3",
     "GLM45": "glm4_moe",
     "GLM45Air": "glm4_moe",
+    "GLM45V": "glm4v_moe",
     "GPTOSS": "gpt_oss",
     "Gemma": "gemma",
     "Gemma2": "gemma2",

@@ -117,13 +117,20 @@ def _lora(config: Mapping[str, object]) -> LoraTraining | None:
     )
 
 
-_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_TOKENS = (
+    *(f"{what}_token_id" for what in ("image", "video")),
+    *(
+        f"{what}_{end}_token_id"
+        for what in ("vision", "image", "video")
+        for end in ("start", "end")
+    ),
+)
 
 
 def _recorded(model: Mapping[str, object], args: Mapping[str, object]) -> dict[str, object]:
     """The config.json of a model that sees, of whose parts the provider keeps the configs, or at
-    least that of what sees (models/qwen_vl/qwen3_vl_provider.py, qwen35_vl_provider.py;
-    utils/yaml_utils.py _pretrained_config_representer)."""
+    least that of what sees (models/qwen_vl/qwen3_vl_provider.py, qwen35_vl_provider.py,
+    glm_vl/glm_45v_provider.py; utils/yaml_utils.py _pretrained_config_representer)."""
     text, vision = (
         _section(_section(model, name), "config_dict")
         for name in ("hf_text_config", "vision_config")

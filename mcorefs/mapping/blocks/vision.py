@@ -117,6 +117,16 @@ DEEPSTACK_RULES = tuple(
     )
 )
 
+
+def fills_hidden(facts: Facts) -> str | None:
+    """Check: the heads of the language model are as large as transformers takes them to be, which
+    has no key for it."""
+    hidden, rows = facts.dims.get("hidden"), facts.dims.get("q_rows", 0)
+    if hidden == rows:
+        return None
+    return f"its heads have {rows} rows, and do not fill the hidden size of {hidden}"
+
+
 VISION_KEYS: Mapping[str, Key] = {
     "depth": dim("vision_layers"),
     "hidden_size": dim("vision_hidden"),

@@ -17,6 +17,7 @@ from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
 from mcorefs.mapping.families.glm4 import GLM4
 from mcorefs.mapping.families.glm4_moe import GLM4_MOE
 from mcorefs.mapping.families.glm4_moe_lite import GLM4_MOE_LITE
+from mcorefs.mapping.families.glm4v import GLM4V, GLM4V_MOE
 from mcorefs.mapping.families.glm_moe_dsa import GLM_MOE_DSA
 from mcorefs.mapping.families.gpt2 import GPT2
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
@@ -57,6 +58,8 @@ FAMILIES: tuple[Family, ...] = (
     GLM4,
     GLM4_MOE,
     GLM4_MOE_LITE,
+    GLM4V,
+    GLM4V_MOE,
     GLM_MOE_DSA,
     GPT2,
     GPT_OSS,

@@ -8,9 +8,9 @@ names of the hub: no prefix before the language model's.
 from __future__ import annotations
 
 from mcorefs.mapping.blocks.keys import arg, decoder_requires
-from mcorefs.mapping.blocks.vision import TOP_KEYS, VISION_KEYS, of_module, only
+from mcorefs.mapping.blocks.vision import TOP_KEYS, VISION_KEYS, fills_hidden, of_module, only
 from mcorefs.mapping.families.qwen2 import QWEN2
-from mcorefs.mapping.family import Facts, Key, Section
+from mcorefs.mapping.family import Key, Section
 
 _BLOCK = "blocks.{layer}."
 _SHAPES: dict[str, tuple[str, ...]] = {
@@ -41,14 +41,6 @@ _SHAPES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _fills_hidden(facts: Facts) -> str | None:
-    """Check: the heads are as large as transformers takes them to be, which has no key for it."""
-    hidden, rows = facts.dims.get("hidden"), facts.dims.get("q_rows", 0)
-    if hidden == rows:
-        return None
-    return f"its heads have {rows} rows, and do not fill the hidden size of {hidden}"
-
-
 QWEN2_5_VL = QWEN2.but(
     name="qwen2_5_vl",
     architecture="Qwen2_5_VLForConditionalGeneration",
@@ -69,7 +61,7 @@ QWEN2_5_VL = QWEN2.but(
             },
         ),
     },
-    checks=(_fills_hidden,),
+    checks=(fills_hidden,),
     requires={
         **decoder_requires("position_embedding_type", "add_qkv_bias"),
         "add_qkv_bias": (True,),

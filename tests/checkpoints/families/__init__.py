@@ -22,6 +22,8 @@ from .gemma3_text import GEMMA3_TEXT
 from .glm4 import GLM4
 from .glm4_moe import GLM4_MOE
 from .glm4_moe_lite import GLM4_MOE_LITE
+from .glm4v import GLM4V
+from .glm4v_moe import GLM4V_MOE
 from .glm_moe_dsa import GLM_MOE_DSA
 from .gpt2 import GPT2
 from .gpt_oss import GPT_OSS
@@ -64,6 +66,8 @@ FAMILIES: Mapping[str, Family] = {
     "glm4": GLM4,
     "glm4_moe": GLM4_MOE,
     "glm4_moe_lite": GLM4_MOE_LITE,
+    "glm4v": GLM4V,
+    "glm4v_moe": GLM4V_MOE,
     "glm_moe_dsa": GLM_MOE_DSA,
     "gpt2": GPT2,
     "gpt_oss": GPT_OSS,
