@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -48,7 +49,12 @@ def check(out: Path, tree: VirtualTree) -> None:
 def workers() -> list[psutil.Process]:
     """Those that are writing a file right now."""
     everyone = psutil.Process().children(recursive=True)
-    return [process for process in everyone if "ray::_write_file" in " ".join(process.cmdline())]
+    found: list[psutil.Process] = []
+    for process in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            if "ray::_write_file" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def test_files_of_a_checkpoint(cluster: ModuleType, fixture: Fixture, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled
         if stated is not None and key.only and stated not in key.only:
             wanted = " or ".join(map(_show, key.only))
             where = f"{_show(stated)} in {reference.where}"
-            problem = f"{name} is {where}, where the model computes with {wanted}"
+            problem = f"is {where}, where the model computes with {wanted}"
             return _Settled(stated, problem=problem)
         if stated is not None:
             return _Settled(stated)
