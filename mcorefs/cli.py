@@ -1,15 +1,12 @@
-"""The command line: the only place that prints or exits."""
+"""The command line: with `commands` the only place that prints or exits."""
 
 from __future__ import annotations
 
-import gc
 import json
-import logging
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,8 +15,6 @@ from mcorefs import wording
 from mcorefs.arguments import (
     Adapter,
     Address,
-    AllIterations,
-    CacheSize,
     Ckpt,
     Dtype,
     Executor,
@@ -30,7 +25,6 @@ from mcorefs.arguments import (
     Iteration,
     MaxReadRate,
     Part,
-    ReadTimeout,
     RequireTokenizer,
     ShardSize,
     TaskName,
@@ -40,14 +34,13 @@ from mcorefs.arguments import (
     WithMtp,
     to_options,
 )
+from mcorefs.commands import mount, umount
 from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
 
 if TYPE_CHECKING:
-    from mcorefs.model import Options
-    from mcorefs.mount import MountOptions
     from mcorefs.shares import Share
-    from mcorefs.tree import Opened, VirtualTree
+    from mcorefs.tree import Opened
 
 app = typer.Typer(
     name="mcorefs",
@@ -63,176 +56,8 @@ app = typer.Typer(
     epilog="Begin with `mcorefs inspect CKPT`, then `mcorefs mount CKPT MNT`. Without FUSE: "
     "`mcorefs materialize CKPT OUT`, or `mcorefs.open(CKPT)` in Python.",
 )
-
-
-@app.command()
-def mount(
-    ckpt: Ckpt,
-    mnt: Annotated[Path, typer.Argument(metavar="MNT", help="An empty directory.")],
-    iteration: Iteration = None,
-    all_iterations: AllIterations = False,
-    format_name: FormatName = None,
-    family: FamilyName = None,
-    task: TaskName = None,
-    hf_config: HfConfig = None,
-    tokenizer: TokenizerPath = None,
-    require_tokenizer: RequireTokenizer = False,
-    vocab_size: VocabSize = None,
-    dtype: Dtype = None,
-    weights: WhichWeights = "model",
-    adapter: Adapter = None,
-    mtp: WithMtp = True,
-    shard_size: ShardSize = "50GB",
-    cache_size: CacheSize = None,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")
-    ] = False,
-    log_file: Annotated[
-        Path | None, typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.")
-    ] = None,
-    allow_other: Annotated[
-        bool, typer.Option("--allow-other", help="Let every user of this machine read the mount.")
-    ] = False,
-    fsname: Annotated[
-        str,
-        typer.Option(
-            "--fsname",
-            metavar="NAME",
-            help="Device name in /proc/mounts; transformers reads without mmap where it is "
-            "`hf-mount`.",
-        ),
-    ] = "mcorefs",
-    max_read_rate: MaxReadRate = None,
-    read_timeout: ReadTimeout = 30.0,
-    prefetch: Annotated[
-        bool,
-        typer.Option(
-            "--prefetch",
-            help="Then read all weights once, so that they lie in memory (page cache).",
-        ),
-    ] = False,
-) -> None:
-    """Show CKPT as a Hugging Face model directory at MNT, read-only.
-
-    Returns when the mount is live and was checked; a daemon serves it until `mcorefs umount MNT`.
-    Everything that is wrong with the checkpoint is reported at once, before anything is mounted.
-    """
-    from mcorefs.memory import gc_paused
-    from mcorefs.mount import MountOptions, check_fuse, check_mountpoint, serve
-    from mcorefs.tree import open_tree
-
-    started = time.monotonic()
-    mount_options = MountOptions(
-        fsname=fsname, allow_other=allow_other, foreground=foreground, log_file=log_file
-    )
-    check_fuse(allow_other)
-    check_mountpoint(mnt)
-    options = to_options(
-        iteration,
-        family,
-        hf_config,
-        tokenizer,
-        require_tokenizer,
-        vocab_size,
-        dtype,
-        weights,
-        format_name,
-        adapter,
-        task,
-        mtp,
-    )
-    options = replace(
-        options,
-        shard_size=shard_size,
-        cache_bytes=cache_size,
-        max_read_rate=max_read_rate,
-        read_timeout=read_timeout,
-    )
-    if foreground:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
-    if all_iterations:
-        if iteration is not None or prefetch:
-            raise typer.BadParameter("--all-iterations takes neither --iteration nor --prefetch")
-        _mount_run(ckpt, mnt, options, mount_options)
-        return
-    with gc_paused():
-        opened = open_tree(ckpt, options)
-        gc.freeze()  # it stays as long as the daemon does, which is forked and so shares it
-    source, tree = opened.source, opened.tree
-
-    def ready() -> None:
-        files = wording.count(len(tree.weights), "file")
-        say(f"{wording.summary(source)} in {files}, at {mnt}")
-        remarks(source)
-        say(wording.how_to_load(mnt, source.architecture))
-        say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
-        if prefetch and foreground:
-            Thread(target=_prefetch, args=(mnt, tree), daemon=True).start()
-
-    serve(lambda: tree, mnt, mount_options, on_ready=ready)
-    if prefetch and not foreground:
-        _prefetch(mnt, tree)
-
-
-def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOptions) -> None:
-    """Show all iterations of the run that CKPT is."""
-    from mcorefs.mount import Living, serve
-    from mcorefs.mount.living import LATEST
-    from mcorefs.published import Run, find_run
-
-    run = Run(find_run(ckpt), options.format)
-    living = Living.over(run, options)
-    source = living.open_newest()
-
-    def ready() -> None:
-        say(f"{wording.count(len(living.names), 'iteration')} of {run.root}, at {mnt}")
-        if source is not None:
-            say(f"The newest is {wording.summary(source)}")
-            remarks(source)
-            say(f"{mnt / LATEST} leads to it for now; give an engine $(realpath {mnt / LATEST})")
-            say(wording.how_to_load(mnt / living.names[-1], source.architecture))
-        else:
-            say("None is complete yet: they appear when they have been saved")
-        say(f"Unmount: mcorefs umount {mnt}")
-
-    serve(lambda: living, mnt, mount_options, on_ready=ready)
-
-
-def _prefetch(mnt: Path, tree: VirtualTree) -> None:
-    """Read all weights through the mount; what fails is no reason to take it away."""
-    from mcorefs.memory import available_bytes
-    from mcorefs.mount.prefetch import prefetch
-
-    sizes = {name: file.size for name, file in tree.weights.items()}
-    total, free = sum(sizes.values()), available_bytes()
-    if total > free:
-        err.print(
-            f"  WARNING: not read ahead: {wording.size(total)} do not fit into the "
-            f"{wording.size(free)} of memory that are free"
-        )
-        return
-    started = time.monotonic()
-    try:
-        with progress("Reading ahead", total) as advance:
-            prefetch(mnt, sizes, advance)
-    except OSError as problem:
-        err.print(wording.printable(f"  WARNING: reading ahead stopped: {problem}"))
-        return
-    seconds = time.monotonic() - started
-    say(f"Read ahead {wording.size(total)} in {seconds:.1f} s.")
-
-
-@app.command()
-def umount(
-    mnt: Annotated[Path, typer.Argument(metavar="MNT", help="Where it is mounted.")],
-    force: Annotated[
-        bool, typer.Option("--force", help="Even if it is in use, or does not answer.")
-    ] = False,
-) -> None:
-    """Take a mount away; also one whose daemon has died."""
-    from mcorefs.mount import unmount
-
-    unmount(mnt, force)
+app.command()(mount)
+app.command()(umount)
 
 
 @app.command()
