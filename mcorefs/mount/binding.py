@@ -60,7 +60,7 @@ def load_binding() -> Binding:
     Raises MountError that says why each could not be loaded.
     """
     failures: list[str] = []
-    for flavour in _wanted():
+    for flavour in may_load():
         try:
             return _load(flavour)
         except (ImportError, OSError, AttributeError, _UnusableError) as error:
@@ -114,7 +114,8 @@ class _UnusableError(Exception):
     """A library or binding loaded but is not the expected one."""
 
 
-def _wanted() -> tuple[Flavour, ...]:
+def may_load() -> tuple[Flavour, ...]:
+    """The flavours that `load_binding` tries, in order. Raises MountError if none is known."""
     choice = os.environ.get(CHOICE_VARIABLE, "")
     if not choice:
         return _FLAVOURS

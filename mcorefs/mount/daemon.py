@@ -23,6 +23,7 @@ from mcorefs.mount.foreground import serve_foreground
 from mcorefs.mount.living import Living
 from mcorefs.mount.mountpoint import check_mountpoint, locate, mounted
 from mcorefs.mount.options import MountOptions
+from mcorefs.mount.privileges import keep_what_serving_needs
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
 from mcorefs.tree import VirtualTree
@@ -182,6 +183,7 @@ def _become_daemon(
         if os.fork():
             os._exit(0)
         report("pid", str(os.getpid()))
+        keep_what_serving_needs(options)
         tree = tree_factory()
         expectation = Expectation.of(tree)
         _leave_terminal(log_fd)
