@@ -36,6 +36,8 @@ from mcorefs.arguments import (
 )
 from mcorefs.console import err, progress, remarks, say
 
+Mnt = Annotated[Path, typer.Argument(metavar="MNT", parser=Path, help="Where it is mounted.")]
+
 if TYPE_CHECKING:
     from mcorefs.model import Options
     from mcorefs.mount import MountOptions
@@ -44,7 +46,14 @@ if TYPE_CHECKING:
 
 def mount(
     ckpt: Ckpt,
-    mnt: Annotated[Path, typer.Argument(metavar="MNT", help="An empty directory.")],
+    mnt: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="MNT",
+            parser=Path,  # click's own looks at it, and that may hang
+            help="An empty directory; only with --fuse-fd it may be left out.",
+        ),
+    ] = None,
     iteration: Iteration = None,
     all_iterations: AllIterations = False,
     format_name: FormatName = None,
@@ -69,6 +78,16 @@ def mount(
     allow_other: Annotated[
         bool, typer.Option("--allow-other", help="Let every user of this machine read the mount.")
     ] = False,
+    fuse_fd: Annotated[
+        int | None,
+        typer.Option(
+            "--fuse-fd",
+            metavar="N",
+            min=3,
+            help="Serve the mount of descriptor N of /dev/fuse, which somebody else has opened, "
+            "mounted (at MNT, if that is seen from here) and handed over; MNT may be /dev/fd/N.",
+        ),
+    ] = None,
     fsname: Annotated[
         str,
         typer.Option(
@@ -94,15 +113,22 @@ def mount(
     Everything that is wrong with the checkpoint is reported at once, before anything is mounted.
     """
     from mcorefs.memory import gc_paused
-    from mcorefs.mount import MountOptions, check_fuse, check_mountpoint, serve
+    from mcorefs.mount import MountOptions, check_place, descriptor_in, serve
     from mcorefs.tree import open_tree
 
     started = time.monotonic()
+    if mnt is not None and fuse_fd is None and (fuse_fd := descriptor_in(mnt)) is not None:
+        mnt = None
+    if mnt is None and (fuse_fd is None or prefetch):
+        raise typer.BadParameter("MNT is missing; only --fuse-fd N without --prefetch needs none")
     mount_options = MountOptions(
-        fsname=fsname, allow_other=allow_other, foreground=foreground, log_file=log_file
+        fsname=fsname,
+        allow_other=allow_other,
+        foreground=foreground,
+        log_file=log_file,
+        fuse_fd=fuse_fd,
     )
-    check_fuse(allow_other)
-    check_mountpoint(mnt)
+    check_place(mnt, mount_options)
     options = to_options(
         iteration,
         family,
@@ -138,19 +164,30 @@ def mount(
 
     def ready() -> None:
         files = wording.count(len(tree.weights), "file")
-        say(f"{wording.summary(source)} in {files}, at {mnt}")
+        say(f"{wording.summary(source)} in {files}, {_where(mnt, fuse_fd)}")
         remarks(source)
-        say(wording.how_to_load(mnt, source.architecture))
-        say(f"Mounted in {time.monotonic() - started:.2f} s. Unmount: mcorefs umount {mnt}")
-        if prefetch and foreground:
+        if mnt is not None:
+            say(wording.how_to_load(mnt, source.architecture))
+        say(f"Mounted in {time.monotonic() - started:.2f} s. {_how_to_end(mnt)}")
+        if prefetch and foreground and mnt is not None:
             Thread(target=_prefetch, args=(mnt, tree), daemon=True).start()
 
     serve(lambda: tree, mnt, mount_options, on_ready=ready)
-    if prefetch and not foreground:
+    if prefetch and not foreground and mnt is not None:
         _prefetch(mnt, tree)
 
 
-def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOptions) -> None:
+def _where(mnt: Path | None, fuse_fd: int | None) -> str:
+    return f"on descriptor {fuse_fd}" if mnt is None else f"at {mnt}"
+
+
+def _how_to_end(mnt: Path | None) -> str:
+    if mnt is None:
+        return "It ends when whoever mounted it takes it away"
+    return f"Unmount: mcorefs umount {mnt}"
+
+
+def _mount_run(ckpt: Path, mnt: Path | None, options: Options, mount_options: MountOptions) -> None:
     """Show all iterations of the run that CKPT is."""
     from mcorefs.mount import Living, serve
     from mcorefs.mount.living import LATEST
@@ -161,15 +198,17 @@ def _mount_run(ckpt: Path, mnt: Path, options: Options, mount_options: MountOpti
     source = living.open_newest()
 
     def ready() -> None:
-        say(f"{wording.count(len(living.names), 'iteration')} of {run.root}, at {mnt}")
+        where = _where(mnt, mount_options.fuse_fd)
+        say(f"{wording.count(len(living.names), 'iteration')} of {run.root}, {where}")
         if source is not None:
             say(f"The newest is {wording.summary(source)}")
             remarks(source)
+        if source is not None and mnt is not None:
             say(f"{mnt / LATEST} leads to it for now; give an engine $(realpath {mnt / LATEST})")
             say(wording.how_to_load(mnt / living.names[-1], source.architecture))
-        else:
+        elif source is None:
             say("None is complete yet: they appear when they have been saved")
-        say(f"Unmount: mcorefs umount {mnt}")
+        say(_how_to_end(mnt))
 
     serve(lambda: living, mnt, mount_options, on_ready=ready)
 
@@ -199,7 +238,7 @@ def _prefetch(mnt: Path, tree: VirtualTree) -> None:
 
 
 def umount(
-    mnt: Annotated[Path, typer.Argument(metavar="MNT", help="Where it is mounted.")],
+    mnt: Mnt,
     force: Annotated[
         bool, typer.Option("--force", help="Even if it is in use, or does not answer.")
     ] = False,

@@ -5,6 +5,7 @@ from mcorefs.mount.daemon import mounting, serve
 from mcorefs.mount.living import Living
 from mcorefs.mount.mountpoint import MountEntry, check_mountpoint, mounted
 from mcorefs.mount.options import MountOptions
+from mcorefs.mount.place import check_place, descriptor_in
 from mcorefs.mount.unmounting import unmount
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "MountOptions",
     "check_fuse",
     "check_mountpoint",
+    "check_place",
+    "descriptor_in",
     "mounted",
     "mounting",
     "serve",

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
 from mcorefs.errors import McorefsError, MountError
-from mcorefs.mount.binding import check_fuse
 from mcorefs.mount.firstread import Expectation, raise_read_ahead
 from mcorefs.mount.foreground import serve_foreground
 from mcorefs.mount.living import Living
-from mcorefs.mount.mountpoint import check_mountpoint, locate, mounted
+from mcorefs.mount.mountpoint import mounted
 from mcorefs.mount.options import MountOptions
+from mcorefs.mount.place import check_place
 from mcorefs.mount.privileges import keep_what_serving_needs
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
@@ -37,7 +37,7 @@ _ENDS_WITHIN = 10.0
 
 def serve(
     tree_factory: TreeFactory,
-    mnt: Path,
+    mnt: Path | None,
     options: MountOptions = _DEFAULT_OPTIONS,
     check: Check | None = None,
     on_ready: Callable[[], None] | None = None,
@@ -47,14 +47,13 @@ def serve(
     `tree_factory` is called once, in the process that will serve: threads that it starts live
     on. The tree must not hold relative paths, for the daemon's directory is /. Before the mount
     is called good, it is read through the kernel and compared with the tree, and `check(mnt)`
-    is run, both outside the serving process; then `on_ready` is called, in this process.
+    is run, both outside the serving process; then `on_ready` is called, in this process. With
+    `options.fuse_fd` `mnt` is where that is mounted; if it is None, nothing is read or checked.
 
     Returns when the daemon serves; with `options.foreground`, when the mount has been removed.
     Raises MountError, or what `check` raised, and leaves no mount and no process behind.
     """
-    check_fuse(options.allow_other)
-    check_mountpoint(mnt)
-    path = locate(mnt)
+    path = check_place(mnt, options)
     if options.foreground:
         serve_foreground(tree_factory, path, options, check, on_ready)
         return
@@ -68,14 +67,13 @@ def mounting(
     tree: VirtualTree | Living, mnt: Path, options: MountOptions = _DEFAULT_OPTIONS
 ) -> Iterator[Path]:
     """Serve `tree` at `mnt` from a forked process while the block runs, then unmount."""
-    check_fuse(options.allow_other)
-    check_mountpoint(mnt)
-    path = locate(mnt)
+    path = check_place(mnt, options)
+    assert path is not None
     server = _start(lambda: tree, path, options, None)
     try:
         yield path
     finally:
-        server.end(path)
+        server.end(path if options.fuse_fd is None else None)
 
 
 @dataclass(frozen=True)
@@ -91,12 +89,13 @@ class _Server:
     def forget(self) -> None:
         self.reports.close()
 
-    def end(self, path: Path) -> None:
-        """Unmount and see the process end, by force if need be."""
-        entry = mounted(path)
+    def end(self, path: Path | None) -> None:
+        """Unmount `path`, if it is this server's to unmount, and see the process end, by force if
+        need be."""
+        entry = None if path is None else mounted(path)
         if entry is not None and entry.ours:
             with suppress(MountError):  # the process goes all the same
-                unmount(path, force=True)
+                unmount(entry.mountpoint, force=True)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._alive(0.5 if number == signal.SIGTERM else _ENDS_WITHIN):
                 os.kill(self.pid, number)
@@ -115,7 +114,7 @@ class _Server:
 
 
 def _start(
-    tree_factory: TreeFactory, path: Path, options: MountOptions, check: Check | None
+    tree_factory: TreeFactory, path: Path | None, options: MountOptions, check: Check | None
 ) -> _Server:
     """Fork the daemon; returns when its mount is live and has passed the first read."""
     log_fd = _open_log(options.log_file)
@@ -134,12 +133,13 @@ def _start(
         server = _Server(int(_next_report(reports, messages)), reports)
         try:
             expectation = Expectation.from_json(_next_report(reports, messages))
-            expectation.check(path)
-            raise_read_ahead(path, options.read_ahead_kib)
-            if check is not None:
-                check(path)
+            if path is not None:
+                expectation.check(path)
+                raise_read_ahead(path, options.read_ahead_kib)
+                if check is not None:
+                    check(path)
         except BaseException:
-            server.end(path)
+            server.end(path if options.fuse_fd is None else None)
             raise
     return server
 
@@ -162,7 +162,7 @@ def _next_report(reports: BinaryIO, messages: BinaryIO) -> str:
 
 def _become_daemon(
     tree_factory: TreeFactory,
-    path: Path,
+    path: Path | None,
     options: MountOptions,
     writing: int,
     messages: BinaryIO,

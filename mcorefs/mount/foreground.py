@@ -27,7 +27,7 @@ from mcorefs.tree import VirtualTree
 
 def serve_foreground(
     tree_factory: Callable[[], VirtualTree | Living],
-    path: Path,
+    path: Path | None,
     options: MountOptions,
     check: Callable[[Path], None] | None,
     on_ready: Callable[[], None] | None,
@@ -52,10 +52,10 @@ class _Checker:
     """A forked child that reads the mount once it is live, and says what it found."""
 
     def __init__(
-        self, path: Path, options: MountOptions, check: Callable[[Path], None] | None
+        self, path: Path | None, options: MountOptions, check: Callable[[Path], None] | None
     ) -> None:
         self.failure = ""
-        self._path = path
+        self._path, self._is_ours = path, options.fuse_fd is None
         orders_in, orders_out = os.pipe()
         answers_in, answers_out = os.pipe()
         self._pid = os.fork()
@@ -82,8 +82,11 @@ class _Checker:
             return  # never live
         self.failure = cast(str, json.loads(answer))
         if self.failure:
-            with suppress(MountError):
-                unmount(self._path, force=True)
+            if self._is_ours and self._path is not None:
+                with suppress(MountError):
+                    unmount(self._path, force=True)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
         elif on_ready is not None:
             on_ready()
 
@@ -97,7 +100,7 @@ class _Checker:
 
 
 def _check_in_child(
-    path: Path,
+    path: Path | None,
     options: MountOptions,
     check: Callable[[Path], None] | None,
     orders: int,
@@ -111,10 +114,11 @@ def _check_in_child(
         if not text:
             os._exit(0)
         expectation = Expectation.from_json(text.decode())
-        expectation.check(path)
-        raise_read_ahead(path, options.read_ahead_kib)
-        if check is not None:
-            check(path)
+        if path is not None:
+            expectation.check(path)
+            raise_read_ahead(path, options.read_ahead_kib)
+            if check is not None:
+                check(path)
     except BaseException as error:
         failure = str(error) if isinstance(error, McorefsError) else traceback.format_exc()
     finally:

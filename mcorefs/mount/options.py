@@ -35,6 +35,9 @@ class MountOptions:
     """Serve in the calling process until unmounted, instead of in a daemon."""
     log_file: Path | None = None
     """Where the daemon writes its log; nowhere if None. Foreground: the caller's own logging."""
+    fuse_fd: int | None = None
+    """A descriptor of /dev/fuse that somebody has mounted already, and will take away; kernel and
+    access are then told by them what else is chosen here."""
     auto_unmount: bool = True
     """Have fusermount remove the mount if the daemon dies."""
     read_ahead_kib: int = 4096

@@ -42,7 +42,7 @@ def keep_what_serving_needs(options: MountOptions) -> None:
     if os.geteuid() != 0:
         return  # has none, or was given those it has on purpose
     kept = 1 << _CAP_DAC_READ_SEARCH
-    if not (options.auto_unmount and _fusermount_has_rights()):
+    if options.fuse_fd is None and not (options.auto_unmount and _fusermount_has_rights()):
         kept |= 1 << _CAP_SYS_ADMIN
     libc = ctypes.CDLL(None, use_errno=True)
     header, data = _Header(_VERSION_3, 0), _Data()

@@ -31,6 +31,7 @@ from mcorefs.mount.operations import (
     WorkerThreads,
 )
 from mcorefs.mount.options import MountOptions
+from mcorefs.mount.place import check_binding
 from mcorefs.tree import VirtualTree
 
 _FOR_EVER = 86400 * 365
@@ -56,18 +57,21 @@ Handler = Callable[[int, FrameType | None], object] | int | None
 
 def run_session(
     served: VirtualTree | Living,
-    mnt: Path,
+    mnt: Path | None,
     options: MountOptions,
     messages: BinaryIO,
     on_live: Callable[[], None],
 ) -> None:
-    """Mount `served` at `mnt` and serve it in this thread and libfuse's own, until unmounted.
+    """Mount `served` at `mnt`, or take `options.fuse_fd` for its mount, and serve it in this thread
+    and libfuse's own, until unmounted.
 
     What libfuse prints until the mount is live goes to `messages`. `on_live` is called when the
     kernel has the mount; it must not touch it. SIGINT, SIGTERM and SIGHUP unmount.
     Raises MountError with libfuse's words if mounting fails.
     """
     binding = load_binding()
+    check_binding(binding, options)
+    where = str(mnt) if options.fuse_fd is None else f"/dev/fd/{options.fuse_fd}"
     lived = False
     cwd = os.getcwd()
     _share_heaps()
@@ -92,10 +96,10 @@ def run_session(
     mount_options = _libfuse_options(binding, options, INTERVAL if is_living else _FOR_EVER)
     with _stderr_to(messages) as restore_stderr, _default_signals():
         try:
-            serve(operations, str(mnt), foreground=True, **mount_options)
+            serve(operations, where, foreground=True, **mount_options)
         except RuntimeError as error:
             if not lived or error.args != (_ENDED_BY_SIGNAL,):
-                raise MountError(_failure(mnt, binding, messages, lived, error)) from error
+                raise MountError(_failure(where, binding, messages, lived, error)) from error
 
 
 def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) -> dict[str, Option]:
@@ -124,7 +128,11 @@ def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) ->
         chosen["max_threads"] = THREADS
     if options.allow_other:
         chosen["allow_other"] = True
-    if options.auto_unmount and shutil.which(binding.flavour.mounter) is not None:
+    if (
+        options.fuse_fd is None
+        and options.auto_unmount
+        and shutil.which(binding.flavour.mounter) is not None
+    ):
         chosen["auto_unmount"] = True
     return chosen
 
@@ -143,13 +151,13 @@ def _allow_open_files() -> None:
 
 
 def _failure(
-    mnt: Path, binding: Binding, messages: BinaryIO, lived: bool, error: RuntimeError
+    where: str, binding: Binding, messages: BinaryIO, lived: bool, error: RuntimeError
 ) -> str:
     messages.seek(0)
     said = messages.read().decode(errors="replace").strip() or f"no message, exit code {error}"
     what = "stopped serving" if lived else "could not mount"
     major, minor = binding.version
-    text = f"libfuse {major}.{minor} {what} {mnt}: {said}"
+    text = f"libfuse {major}.{minor} {what} {where}: {said}"
     if "not permitted" in said.lower() or "permission denied" in said.lower():
         text += "\n" + advice(
             "this user needs the right to: in a container --device /dev/fuse --cap-add SYS_ADMIN "
