@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 from mcorefs.errors import MountError
 from mcorefs.mount.binding import LIBFUSE2, Binding, advice, load_binding
 from mcorefs.mount.living import INTERVAL, OPEN_FILES, Living
+from mcorefs.mount.mountpoint import entries_at
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import (
     BACKGROUND_REQUESTS,
@@ -32,6 +33,7 @@ from mcorefs.mount.operations import (
 )
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.place import check_binding
+from mcorefs.mount.unmounting import take_away
 from mcorefs.tree import VirtualTree
 
 _FOR_EVER = 86400 * 365
@@ -72,13 +74,15 @@ def run_session(
     binding = load_binding()
     check_binding(binding, options)
     where = str(mnt) if options.fuse_fd is None else f"/dev/fd/{options.fuse_fd}"
-    lived = False
+    lived, device = False, ""
     cwd = os.getcwd()
     _share_heaps()
 
     def live() -> None:
-        nonlocal lived
+        nonlocal lived, device
         lived = True
+        if options.fuse_fd is None and mnt is not None:
+            device = next((entry.device for entry in entries_at(mnt)[-1:]), "")
         os.chdir(cwd)  # libfuse went to /, even in the foreground
         restore_stderr()
         on_live()
@@ -100,6 +104,9 @@ def run_session(
         except RuntimeError as error:
             if not lived or error.args != (_ENDED_BY_SIGNAL,):
                 raise MountError(_failure(where, binding, messages, lived, error)) from error
+        finally:
+            if device and mnt is not None:
+                take_away(mnt, device)
 
 
 def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) -> dict[str, Option]:

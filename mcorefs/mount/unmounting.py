@@ -55,6 +55,13 @@ def unmount(mnt: Path, force: bool = False) -> None:
         time.sleep(0.01)
 
 
+def take_away(path: Path, device: str) -> None:
+    """Detach the mount with this device number, if libfuse has left it at `path`: it has not the
+    right to where the process has given that up, but fusermount has."""
+    if any(entry.ours and entry.device == device for entry in entries_at(path)[-1:]):
+        _detach(path, lazily=True)
+
+
 def _detach(path: Path, lazily: bool) -> None:
     reason = _umount2(path, lazily)
     if reason == errno.EPERM:
