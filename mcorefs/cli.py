@@ -34,7 +34,7 @@ from mcorefs.arguments import (
     WithMtp,
     to_options,
 )
-from mcorefs.commands import mount, umount
+from mcorefs.commands import mount, status, umount
 from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
 
@@ -58,6 +58,7 @@ app = typer.Typer(
 )
 app.command()(mount)
 app.command()(umount)
+app.command()(status)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mcorefs.activity import Activity
 from mcorefs.boxes import Box, Shape, flat_range_boxes
 from mcorefs.index import StoredTensor
 from mcorefs.layout import SafetensorsLayout
@@ -55,10 +56,11 @@ _NUMBERS = itertools.count()
 class TileCache:
     """Tiles by key, at most `budget` bytes of them. Thread-safe, each computed once at a time."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, activity: Activity | None = None) -> None:
         from cachetools import LRUCache
 
         self.budget = budget
+        self.activity = activity or Activity()
         self._tiles: LRUCache[Hashable, Array] = LRUCache(
             max(budget, 1), getsizeof=lambda tile: tile.nbytes
         )
@@ -75,12 +77,15 @@ class TileCache:
         with self._lock:
             tile = self._tiles.get(key)
             if tile is not None:
+                self.activity.tile_hits.add(1)
                 return tile
             pending = self._pending.get(key)
             if pending is None:
                 mine = self._pending[key] = Future()
         if pending is not None:
+            self.activity.tile_hits.add(1)
             return pending.result()
+        self.activity.tile_misses.add(1)
         try:
             large = box.volume * view.dtype.itemsize > TILE_BYTES
             with self._large if large else nullcontext():
@@ -275,6 +280,7 @@ class Reader:
             part = target[at - start : at - start + count]
             if count == rows * row_bytes and key not in self._cache:
                 # Who asks for the whole tile needs no copy of it kept.
+                self._cache.activity.tile_misses.add(1)
                 view.read_into(box, part.view(view.dtype.carrier).reshape(box.sizes), self._leaf)
             else:
                 tile = self._cache.get(key, view, box, self._leaf)

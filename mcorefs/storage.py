@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mcorefs.activity import Activity
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.deadline import Deadline
 from mcorefs.dtypes import DType
@@ -55,8 +56,10 @@ class Storage:
         remote_bytes: int = REMOTE_BYTES,
         rate: Rate = NO_LIMIT,
         deadline: Deadline | None = None,
+        activity: Activity | None = None,
     ) -> None:
         self._identities = identities
+        self._activity = activity or Activity()
         self._files = LocalFiles(identities, max_open, deadline)
         self._rate = rate
         self._objects: Objects | None = None
@@ -78,6 +81,7 @@ class Storage:
             self._objects.read_into(path, offset, out)
         else:
             self._files.read_into(path, offset, out)
+        self._activity.shard_bytes.add(len(out))
 
     def hold(self) -> None:
         """Open files of this machine, so that they can be read when they have been deleted."""

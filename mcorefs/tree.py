@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mcorefs import passthrough
+from mcorefs.activity import About, Activity
 from mcorefs.deadline import Deadline
 from mcorefs.errors import NoWeightsError
 from mcorefs.files import BytesFile, VirtualFile
@@ -38,6 +39,9 @@ class VirtualTree:
     """Modification time shown for every file: that of the checkpoint, equal on every machine."""
     source: str = ""
     """Names, sizes and times of the shard files behind it: the same text, the same bytes."""
+    about: About | None = field(default=None, compare=False)
+    activity: Activity = field(default_factory=Activity, compare=False)
+    """Of the reader behind it."""
 
     @property
     def total_bytes(self) -> int:
@@ -68,6 +72,8 @@ class Means:
     deadline: Deadline | None = None
     max_open: int = 512
     """Files held open."""
+    activity: Activity = field(default_factory=Activity)
+    """Counts what is done with them."""
     cache: TileCache | None = None
     """One that several trees share, instead of one of `cache_bytes` for each."""
 
@@ -86,8 +92,21 @@ def open_tree(path: Path, options: Options, means: Means | None = None) -> Opene
     """
     with gc_paused():
         source = source_at(locate(path, options.iteration, options.format), options)
-        tree, reader = build(source, options.shard_size, means or Means.of(options))
+        means = means or Means.of(options)
+        tree, reader = build(source, options.shard_size, means)
+        tree = replace(tree, about=_about(source), activity=means.activity)
     return Opened(source, tree, reader)
+
+
+def _about(source: Source) -> About:
+    location, family = source.location, source.config.get("model_type")
+    return About(
+        str(location.path),
+        location.iteration,
+        location.format.name,
+        source.architecture,
+        family if isinstance(family, str) else None,
+    )
 
 
 def source_at(location: Location, options: Options) -> Source:
@@ -129,10 +148,12 @@ def _reader(files: Mapping[str, FileIdentity], means: Means) -> tuple[Storage, R
     """What reads `files`. Where there are remote ones, half of the bytes for tiles is for blocks of
     them, and some for what is read ahead of readers."""
     cache_bytes = means.cache_bytes
-    storage = Storage(files, means.max_open, cache_bytes // 2, means.rate, means.deadline)
+    storage = Storage(
+        files, means.max_open, cache_bytes // 2, means.rate, means.deadline, means.activity
+    )
     if storage.is_remote:
         cache_bytes -= cache_bytes // 2 + storage.pieces_ahead * PIECE
-    return storage, Reader(storage, cache_bytes if means.cache is None else means.cache)
+    return storage, Reader(storage, means.cache or TileCache(cache_bytes, means.activity))
 
 
 def _ahead(files: dict[str, VirtualFile], storage: Storage) -> dict[str, VirtualFile]:

@@ -80,7 +80,7 @@ class Served:
 
     def faults(self) -> list[str]:
         """Lines of the log of the daemon that are about reads."""
-        return [line for line in self.log.read_text().splitlines() if "mcorefs.mount: " in line]
+        return [line for line in self.log.read_text().splitlines() if '"mcorefs.mount"' in line]
 
     def shards(self) -> list[Path]:
         return sorted(self.iteration.glob("*.distcp"))

@@ -104,7 +104,7 @@ class Shown:
         return sorted(os.listdir(self.mnt))
 
     def lines(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if " mcorefs.mount: " in line]
+        return [line for line in self.log.read_text().splitlines() if '"mcorefs.mount"' in line]
 
     def server(self) -> int:
         for process in Path("/proc").glob("[0-9]*"):

@@ -480,7 +480,7 @@ def test_read_errors_are_eio(
     lines = [
         line
         for line in (place / "logs/server.log").read_text().splitlines()
-        if "mcorefs.mount: " in line
+        if '"mcorefs.mount"' in line
     ]
     assert len(lines) == 1
     assert logged in lines[0]

@@ -73,7 +73,12 @@ def mount(
         bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")
     ] = False,
     log_file: Annotated[
-        Path | None, typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.")
+        Path | None,
+        typer.Option(
+            "--log-file",
+            metavar="FILE",
+            help="Where the daemon logs: a line of JSON for each event.",
+        ),
     ] = None,
     allow_other: Annotated[
         bool, typer.Option("--allow-other", help="Let every user of this machine read the mount.")

@@ -1,5 +1,6 @@
 """Mounting a VirtualTree with FUSE, read-only. Importing this loads no libfuse."""
 
+from mcorefs.mount.asking import ask
 from mcorefs.mount.binding import check_fuse
 from mcorefs.mount.daemon import mounting, serve
 from mcorefs.mount.living import Living
@@ -12,6 +13,7 @@ __all__ = [
     "Living",
     "MountEntry",
     "MountOptions",
+    "ask",
     "check_fuse",
     "check_mountpoint",
     "check_place",

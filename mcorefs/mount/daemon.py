@@ -20,6 +20,7 @@ from mcorefs.errors import McorefsError, MountError
 from mcorefs.mount.firstread import Expectation, raise_read_ahead
 from mcorefs.mount.foreground import serve_foreground
 from mcorefs.mount.living import Living
+from mcorefs.mount.logs import JsonLines
 from mcorefs.mount.mountpoint import mounted
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.place import check_place
@@ -27,6 +28,8 @@ from mcorefs.mount.privileges import keep_what_serving_needs
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
 from mcorefs.tree import VirtualTree
+
+log = logging.getLogger("mcorefs.daemon")
 
 TreeFactory = Callable[[], VirtualTree | Living]
 Check = Callable[[Path], None]
@@ -192,14 +195,16 @@ def _become_daemon(
         def on_live() -> None:
             nonlocal live
             live = True
+            log.info("mounted", extra={"path": path})
             report("live", expectation.to_json())
 
         run_session(tree, path, options, messages, on_live)
+        log.info("unmounted", extra={"path": path})
         os._exit(0)
     except BaseException as error:
         text = str(error) if isinstance(error, McorefsError) else traceback.format_exc()
         if live:
-            logging.getLogger("mcorefs.mount").critical("%s", text)
+            log.critical("%s", text, extra={"path": path})
         else:
             report("error", text)
     finally:
@@ -230,10 +235,8 @@ def _leave_terminal(log_fd: int) -> None:
 
 def _log_to_stderr(wanted: bool) -> None:
     # The handlers of the caller write to its terminal, or are locked by threads left behind.
-    handler = logging.StreamHandler(open(2, "w", closefd=False)) if wanted else None  # noqa: SIM115
-    logging.basicConfig(
-        force=True,
-        level=logging.INFO,
-        handlers=[handler or logging.NullHandler()],
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    handler: logging.Handler = logging.NullHandler()
+    if wanted:
+        handler = logging.StreamHandler(open(2, "w", closefd=False))  # noqa: SIM115
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(force=True, level=logging.INFO, handlers=[handler])

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from mcorefs.activity import About, Activity
 from mcorefs.deadline import Deadline, LateError
 from mcorefs.errors import CheckpointError, McorefsError, ReadFault
 from mcorefs.files import BytesFile, VirtualFile
@@ -68,6 +69,7 @@ class _Save:
     opening: threading.Lock = field(default_factory=threading.Lock)
     table: NodeTable | None = None
     reader: Reader | None = None
+    about: About | None = None
     content: bytes | None = None
     """Of what it was when it was first opened, a digest: it must be the same ever after, for the
     kernel keeps pages, and handles are numbers."""
@@ -79,8 +81,11 @@ class _Save:
 class Living:
     """The nodes of a run (`nodes.Nodes`). Thread-safe."""
 
-    def __init__(self, run: Run, opener: Opener, patience: float) -> None:
+    def __init__(
+        self, run: Run, opener: Opener, patience: float, activity: Activity | None = None
+    ) -> None:
         """Raises CheckpointError if the run cannot be looked at."""
+        self.activity = activity or Activity()
         self._run, self._open_tree = run, opener
         self._scans, self._opens = Deadline(min(SCAN_WITHIN, patience)), Deadline(patience)
         self._lock = threading.Lock()
@@ -103,12 +108,23 @@ class Living:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(limit, OPEN_FILES)
         max_open = max(16, min(means.max_open, (most - 256) // MOST))
-        means = replace(means, cache=TileCache(means.cache_bytes), max_open=max_open)
+        means = replace(
+            means, cache=TileCache(means.cache_bytes, means.activity), max_open=max_open
+        )
 
         def opener(published: Published) -> Opened:
             return open_tree(published.path, options, means)
 
-        return Living(run, opener, options.read_timeout or READ_WITHIN)
+        return Living(run, opener, options.read_timeout or READ_WITHIN, means.activity)
+
+    @property
+    def root(self) -> str:
+        return str(self._run.root)
+
+    def opened(self) -> list[About]:
+        """What is open of it."""
+        with self._lock:
+            return [save.about for save in self._opened.values() if save.about is not None]
 
     @property
     def names(self) -> list[str]:
@@ -221,7 +237,7 @@ class Living:
             # A tracker that is being written is no complaint if the next look finds it whole.
             self._failures += 1
             if self._failures > 1:
-                self._faults.report(f"{self._run.root} is shown as it was: {problem}")
+                self._faults.report(f"{self._run.root} is shown as it was: {problem}", path="/")
         finally:
             self._next_scan = time.monotonic() + INTERVAL
             self._scanning.release()
@@ -284,7 +300,9 @@ class Living:
             try:
                 return self._opens.run(what, lambda: self._open(save), lambda _: None)
             except LateError as problem:
-                self._faults.report(f"opening {what} fails, who asks gets EIO: {problem}")
+                self._faults.report(
+                    f"opening {what} fails, who asks gets EIO: {problem}", path=f"/{save.shown}"
+                )
                 raise OSError(errno.EIO, os.strerror(errno.EIO)) from None
             except (McorefsError, OSError) as problem:
                 self._refuse(save, str(problem))
@@ -304,7 +322,7 @@ class Living:
         table = build_nodes(opened.tree, save.number << _BITS)
         with self._lock:
             save.content, save.table, save.error = content, table, None
-            save.reader = opened.reader
+            save.reader, save.about = opened.reader, opened.tree.about
             self._opened[save.number] = save
             self._close_some(but=save)
         return table
@@ -312,7 +330,8 @@ class Living:
     def _refuse(self, save: _Save, why: str) -> None:
         text = BytesFile(f"{why}\n".encode())
         if save.error is None or save.error.file != text:
-            self._faults.report(f"{ERROR_FILE} in {save.shown}: {why.splitlines()[0]}")
+            message = f"{ERROR_FILE} in {save.shown}: {why.splitlines()[0]}"
+            self._faults.report(message, path=f"/{save.shown}/{ERROR_FILE}")
         inode = (save.number << _BITS) | _ERROR
         about = attributes(inode, stat.S_IFREG | 0o444, 1, text.size, time.time_ns())
         save.error = Node(inode, f"/{save.shown}/{ERROR_FILE}", about, text)

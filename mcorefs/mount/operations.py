@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol, cast
 
 from mcorefs.errors import McorefsError
 from mcorefs.mount.nodes import BLOCK, Node, Nodes
+from mcorefs.mount.status import HANDLES, Status
 
 log = logging.getLogger("mcorefs.mount")
 
@@ -41,6 +42,10 @@ class ConnectionInfo(Protocol):
 
 class FileInfo(Protocol):
     fh: int
+    direct_io: int
+
+    @property
+    def flags(self) -> int: ...
 
 
 class FileInfoPointer(Protocol):
@@ -63,8 +68,8 @@ class FaultLog:
         self._last: dict[str, float] = {}
         self._suppressed = 0
 
-    def report(self, message: str, error: BaseException | None = None) -> None:
-        """Log `message`, with the traceback of `error` if given."""
+    def report(self, message: str, error: BaseException | None = None, path: str = "") -> None:
+        """Log `message`, with the traceback of `error` if given; `path` is what it is about."""
         now = time.monotonic()
         with self._lock:
             if now - self._last.get(message, -self._interval) < self._interval:
@@ -76,7 +81,7 @@ class FaultLog:
             suppressed, self._suppressed = self._suppressed, 0
         if suppressed:
             message += f" ({suppressed} repeated messages not shown)"
-        log.error("%s", message, exc_info=error)
+        log.error("%s", message, exc_info=error, extra={"path": path})
 
 
 class WorkerThreads:
@@ -146,12 +151,14 @@ class Operations:
         nodes: Nodes,
         workers: WorkerThreads,
         turns: Turns,
+        status: Status,
         on_live: Callable[[], None],
     ) -> None:
         """`on_live` is called once when the kernel has the mount; it must not touch the mount."""
         self.nodes = nodes
         self.workers = workers
         self.turns = turns
+        self.status = status
         self.faults = FaultLog()
         self._on_live = on_live
 
@@ -174,7 +181,8 @@ class Operations:
         directory = self._node(path, fh)
         if directory.file is not None:
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        inside = self.nodes.inside(directory)
+        is_status = directory.inode >= HANDLES
+        inside = directory.children if is_status else self.nodes.inside(directory)
         for name, node in ((".", directory), ("..", directory), *inside.items()):
             yield name, node.attributes, 0
 
@@ -207,7 +215,10 @@ class Operations:
     rmdir = setxattr = symlink = truncate = unlink = utimens = write = _refuse
 
     def _node(self, path: str | None, fh: int | None) -> Node:
-        node = self.nodes.of(fh) if path is None and fh else self.nodes.at(path or "")
+        if path is None and fh:
+            node = self.nodes.of(fh) if fh < HANDLES else self.status.of(fh)
+        else:
+            node = self.nodes.at(path or "") or self.status.at(path or "")
         if node is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
         return node
@@ -232,11 +243,13 @@ class LivingOperations(Operations):
 
     def open(self, path: str, flags: int) -> int:
         handle = super().open(path, flags)
-        cast(Pins, self.nodes).pin(handle)
+        if handle < HANDLES:
+            cast(Pins, self.nodes).pin(handle)
         return handle
 
     def release(self, path: str | None, fh: int) -> None:
-        cast(Pins, self.nodes).unpin(fh)
+        if fh < HANDLES:
+            cast(Pins, self.nodes).unpin(fh)
 
 
 class CallableOperations(Operations):
@@ -256,6 +269,13 @@ class InPlaceReads:
 
     operations: Operations
 
+    def open(self, path: bytes, info: FileInfoPointer) -> int:
+        file = info.contents
+        file.fh = self.operations.open(os.fsdecode(path), file.flags)
+        if file.fh >= HANDLES:
+            file.direct_io = 1  # what it says changes
+        return 0
+
     def read(
         self,
         path: bytes | None,
@@ -265,7 +285,10 @@ class InPlaceReads:
         info: FileInfoPointer,
     ) -> int:
         self.operations.workers.keep_this()
-        node = self.operations.nodes.of(info.contents.fh)
+        handle = info.contents.fh
+        if handle >= HANDLES:
+            return self._read_status(buffer, size, offset)
+        node = self.operations.nodes.of(handle)
         if node is None or node.file is None:
             return -errno.EISDIR
         size = min(size, node.file.size - offset)
@@ -282,14 +305,22 @@ class InPlaceReads:
             # libfuse frees the buffer after this call: nobody may write to it any more.
             with suppress(BufferError):
                 out.release()
+        self.operations.status.served_bytes.add(size)
         return size
+
+    def _read_status(self, buffer: BufferPointer, size: int, offset: int) -> int:
+        data = self.operations.status.read(offset, size)
+        ctypes.memmove(ctypes.addressof(buffer.contents), data, len(data))
+        return len(data)
 
     def _report(self, node: Node, error: Exception) -> None:
         expected = isinstance(error, (McorefsError, OSError))
         reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        self.operations.status.failed(f"{node.path}: {reason}")
         self.operations.faults.report(
             f"reading {node.path} failed, the reader gets EIO: {reason}",
             None if expected else error,
+            node.path,
         )
 
     def _wrapper(self, function: Callable[..., int | None], *arguments: object) -> int:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ from mcorefs.mount.operations import (
 )
 from mcorefs.mount.options import MountOptions
 from mcorefs.mount.place import check_binding
+from mcorefs.mount.status import Status, Value
 from mcorefs.mount.unmounting import take_away
 from mcorefs.tree import VirtualTree
 
@@ -94,7 +95,8 @@ def run_session(
     # Older libfuse ends idle threads and starts new ones.
     workers = WorkerThreads(THREADS if binding.version >= _FIXED_THREADS else 0)
     operations_class = _OPERATIONS[binding.flavour is LIBFUSE2, is_living]
-    operations = operations_class(nodes, workers, Turns(options.threads), live)
+    status = Status(lambda: _about(served), served.activity)
+    operations = operations_class(nodes, workers, Turns(options.threads), status, live)
     session_class = type("Session", (InPlaceReads, binding.fuse_class), {})
     serve = cast(Callable[..., object], session_class)
     mount_options = _libfuse_options(binding, options, INTERVAL if is_living else _FOR_EVER)
@@ -107,6 +109,17 @@ def run_session(
         finally:
             if device and mnt is not None:
                 take_away(mnt, device)
+
+
+def _about(served: VirtualTree | Living) -> Mapping[str, Value]:
+    """What is served, for the status."""
+    if isinstance(served, VirtualTree):
+        return {} if served.about is None else served.about.to_json()
+    return {
+        "run": served.root,
+        "iterations": list(served.names),
+        "opened": [about.to_json() for about in served.opened()],
+    }
 
 
 def _libfuse_options(binding: Binding, options: MountOptions, timeout: float) -> dict[str, Option]:
