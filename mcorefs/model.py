@@ -22,7 +22,7 @@ from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
 from mcorefs.mapping.plan import HfTensor, plan
-from mcorefs.mapping.reference import NO_REFERENCE, Reference, own_code, read_reference
+from mcorefs.mapping.reference import HF_CONFIG, NO_REFERENCE, Reference, own_code, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find, with_processor
 from mcorefs.names import is_of_mtp
 from mcorefs.remote import is_url, parse_path
@@ -210,7 +210,8 @@ def _with_processor(
     if not family.sections:
         return tokenizer
     places = (reference.directory, *beside.hf_directories)
-    return with_processor(tokenizer, [place for place in places if place is not None])
+    given = reference.directory if reference.where == HF_CONFIG else None
+    return with_processor(tokenizer, [place for place in places if place is not None], given)
 
 
 def _merged(

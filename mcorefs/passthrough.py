@@ -23,7 +23,7 @@ from mcorefs.mapping import tokenizer
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.mapping.tokenizer import Tokenizer
 from mcorefs.model import Options
-from mcorefs.storage import FileIdentity, Storage, regular_file
+from mcorefs.storage import FileIdentity, Storage, read_file, regular_file
 from mcorefs.tracker import TRACKER, TRAIN_STATE
 from mcorefs.views import Stored
 
@@ -181,8 +181,7 @@ def _names(directory: Path, prefix: str, depth: int, problems: list[str]) -> Ite
 
 def _config(path: Path, problems: list[str]) -> Mapping[str, object]:
     try:
-        with resolved(path).open("rb") as file:
-            config = json.loads(file.read(SMALL << 4))
+        config = json.loads(read_file(resolved(path), SMALL << 4))
     except (CheckpointError, OSError, ValueError, RecursionError) as problem:
         problems.append(f"{path} cannot be read: {problem}")
         return {}

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
+from mcorefs.storage import read_file
 
 STEP = re.compile(r"global_step_([0-9]+)")
 CONTENTS, TRANSFORMER_CONFIG = "ckpt_contents.json", "transformer_config.json"
@@ -102,8 +103,7 @@ def read_json(path: Path) -> dict[str, object] | None:
     Raises CheckpointError if it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            value = json.loads(file.read(_MAX_JSON))
+        value = json.loads(read_file(path, _MAX_JSON))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as problem:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +28,15 @@ from mcorefs.torchzip import GUESS, Locator, Record, data_start
 if TYPE_CHECKING:
     from mcorefs.remote.objects import Objects
 
-__all__ = ["FileIdentity", "Placed", "Storage", "is_file_name", "is_there", "regular_file"]
+__all__ = [
+    "FileIdentity",
+    "Placed",
+    "Storage",
+    "is_file_name",
+    "is_there",
+    "read_file",
+    "regular_file",
+]
 
 REMOTE_BYTES = 64 << 20
 """Bytes of remote files that are kept, if nothing else is said."""
@@ -219,6 +229,24 @@ def regular_file(path: str | Path) -> tuple[FileIdentity | None, str | None]:
 
         return identity_of(path)
     return local_file(str(path))
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The content of the small file at `path`.
+
+    Raises OSError, also where it has more than `most` bytes, or is a FIFO or a device: whoever made
+    the directory may have put anything there, and those are never read to their end.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    if status.st_size > most:
+        why = f"it is larger than {most >> 20} MiB ({status.st_size} bytes)"
+        raise OSError(errno.EFBIG, why, str(path))
+    with path.open("rb") as file:
+        return file.read(status.st_size)
 
 
 def is_there(path: Path) -> bool:

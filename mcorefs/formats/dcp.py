@@ -27,7 +27,7 @@ from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.pickle_machine import Without
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
-from mcorefs.storage import FileIdentity, is_file_name, is_there, regular_file
+from mcorefs.storage import FileIdentity, is_file_name, is_there, read_file, regular_file
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
     Inert,
@@ -39,6 +39,8 @@ from mcorefs.unpickle import (
 PLANS = "all_local_plans"
 """What every rank was to write: a second copy of it all, and the last of the attributes
 (Megatron-LM:megatron/core/dist_checkpointing/strategies/state_dict_saver.py)."""
+MAX_METADATA = 2 << 30
+"""Bytes of `.metadata`: that of a run of 671B parameters has some hundred million."""
 
 BYTES = "torch.distributed.checkpoint.metadata.BytesStorageMetadata"
 _OPTIMIZER = re.compile(r"(chained_\d+\.)*optim\w*\.")
@@ -170,7 +172,7 @@ def _is_needless(weights: WeightsFrom, fqn: str) -> bool:
 def read_metadata(path: Path, without: Without) -> Metadata:
     """The `.metadata` file at `path`, as data; of what `without` is true of, only the names."""
     try:
-        data = path.read_bytes()
+        data = read_file(path, MAX_METADATA)
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
     found = loads(data, str(path), until=PLANS, without=without)

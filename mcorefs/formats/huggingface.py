@@ -24,7 +24,7 @@ from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal, side_by_side
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.remote import is_url
-from mcorefs.storage import FileIdentity, is_file_name, regular_file
+from mcorefs.storage import FileIdentity, is_file_name, read_file, regular_file
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -91,7 +91,10 @@ def resolved(path: Path) -> Path:
     (huggingface_hub: snapshots/REVISION/NAME is a link to blobs/HASH beside snapshots)."""
     if not path.is_symlink():
         return path
-    directory, target = path.parent.resolve(), path.resolve()
+    try:
+        directory, target = path.parent.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # before Python 3.13 a loop is a RuntimeError
+        raise CheckpointError(f"{path} is a symbolic link that leads nowhere") from None
     blobs = [above.parent / "blobs" for above in directory.parents if above.name == "snapshots"]
     if any(target.is_relative_to(home) for home in (directory, *blobs)):
         return target
@@ -149,8 +152,7 @@ def read_weights(directory: Path, problems: list[str], resolve: Resolve) -> Weig
 def read_index(path: Path) -> dict[str, set[str]] | None:
     """Which tensors are in which file, None where there is no index. Raises CheckpointError."""
     try:
-        with path.open("rb") as file:
-            weight_map = json.loads(file.read(_MAX_INDEX))["weight_map"]
+        weight_map = json.loads(read_file(path, _MAX_INDEX))["weight_map"]
         found: dict[str, set[str]] = {}
         for tensor, name in weight_map.items():
             found.setdefault(str(name), set()).add(tensor)

@@ -121,10 +121,8 @@ def generation_config(
     config: Mapping[str, object], reference: Reference, token_ids: Mapping[str, object]
 ) -> bytes:
     """generation_config.json: the reference's own file, else the token ids that are known."""
-    if reference.directory is not None:
-        file = reference.directory / "generation_config.json"
-        if file.is_file():
-            return file.read_bytes()
+    if (own := reference.beside("generation_config.json")) is not None:
+        return own
     generation: dict[str, object] = {"_from_model_config": True}
     text = config.get(TEXT)
     speaks = text if isinstance(text, dict) else config

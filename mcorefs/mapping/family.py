@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+from mcorefs.errors import MappingError
 from mcorefs.views import View
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -69,8 +70,28 @@ class Facts:
         return any(self.args.get(name) for name in names)
 
     def arg(self, *names: str) -> object | None:
-        """The first of `names` that is set: argument names drift between Megatron versions."""
-        return next((self.args[name] for name in names if name in self.args), None)
+        """The first of `names` that is set: argument names drift between Megatron versions.
+
+        Raises MappingError where that is a number that no model can have.
+        """
+        name = next((name for name in names if name in self.args), None)
+        if name is None:
+            return None
+        if _is_impossible(self.args[name]):
+            raise MappingError(
+                "the training arguments cannot be those of a model:",
+                [f"{name} is {self.args[name]!r:.80}"],
+            )
+        return self.args[name]
+
+
+def _is_impossible(value: object) -> bool:
+    """Whether it is, or holds, a number that nothing can be computed with, nor JSON state."""
+    if isinstance(value, list | tuple):
+        return any(map(_is_impossible, value))
+    if isinstance(value, dict):
+        return any(map(_is_impossible, value.values()))
+    return isinstance(value, int | float) and not abs(value) < 1 << 63
 
 
 def is_in(rule: Rule, layer: int, facts: Facts) -> bool:

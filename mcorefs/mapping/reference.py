@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import cast
 
 from mcorefs.errors import CheckpointError
+from mcorefs.formats.huggingface import resolved
+from mcorefs.storage import read_file
 
 HF_CONFIG = "--hf-config"
+_MAX_BYTES = 16 << 20
+"""Of a config, or of a file of code."""
 TEXT, VISION = "text_config", "vision_config"
 """Where the config of a model that sees has those of its parts."""
 
@@ -33,6 +37,19 @@ class Reference:
             return {}
         return _hub_rope(_with_mrope(found)) if name == TEXT else found
 
+    def beside(self, name: str) -> bytes | None:
+        """The file of that name beside config.json; None where there is none.
+
+        Raises CheckpointError, also where it is a link out of a directory that the user did not
+        name: a checkpoint must not make mcorefs show other files of this machine.
+        """
+        if self.directory is None or not (file := self.directory / name).is_file():
+            return None
+        try:
+            return read_file(file if self.where == HF_CONFIG else resolved(file), _MAX_BYTES)
+        except OSError as problem:
+            raise CheckpointError(f"{file} cannot be read: {problem.strerror}") from None
+
     @property
     def text(self) -> Reference:
         """That of the language model, which is the whole unless the model also sees."""
@@ -50,7 +67,7 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
     """
     path = given / "config.json" if given.is_dir() else given
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_file(path, _MAX_BYTES))
     except FileNotFoundError:
         raise CheckpointError(
             f"{where} {given}: there is no {path.name}; pass the directory of a Hugging Face model"
@@ -102,10 +119,10 @@ def own_code(reference: Reference) -> tuple[dict[str, bytes], list[str]]:
             "--hf-config with the directory of the model it was trained from"
         ]
     modules = {m[1] for value in _texts(named) if (m := _MODULE.fullmatch(value))}
-    files = {f"{module}.py": reference.directory / f"{module}.py" for module in sorted(modules)}
-    missing = [name for name, path in files.items() if not path.is_file()]
+    files = {f"{module}.py": reference.beside(f"{module}.py") for module in sorted(modules)}
+    missing = [name for name, data in files.items() if data is None]
     remarks = [f"auto_map names {name}, which is not beside {reference.where}" for name in missing]
-    return {n: path.read_bytes() for n, path in files.items() if n not in missing}, remarks
+    return {name: data for name, data in files.items() if data is not None}, remarks
 
 
 _MODULE = re.compile(r"(\w+)\.\w+")

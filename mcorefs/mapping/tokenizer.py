@@ -7,17 +7,19 @@ tree says so, and carries a tokenizer.json that makes loading one fail with the 
 
 from __future__ import annotations
 
-import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mcorefs.errors import CheckpointError
+from mcorefs.formats.huggingface import resolved
 from mcorefs.mapping import chat_templates, converted
 from mcorefs.mapping.config import dump
 from mcorefs.mapping.sentencepiece import is_model
 from mcorefs.mapping.tiktoken import is_vocabulary
+from mcorefs.storage import read_file
 
 MISSING_FILE = "TOKENIZER_MISSING.txt"
 
@@ -46,6 +48,7 @@ COMPANIONS = (
     "tiktoken.model",
     *PROCESSOR,
 )
+_UNUSABLE = "cannot be used"
 TEMPLATES = "additional_chat_templates"
 MAX_BYTES = 256 << 20
 
@@ -94,21 +97,29 @@ def find(
     Raises CheckpointError where `given` holds none.
     """
     if given is not None:
-        found = _open(given, args, keeps_template=True)
+        found = _open(given, args, is_given=True)
         if isinstance(found, Tokenizer):
             return found
         raise CheckpointError(f"--tokenizer {given}: {found}")
     looked: dict[str, str] = {}
+    unusable: list[str] = []
+    near = os.path.join(os.path.abspath(checkpoint.parent.parent), "")
     for place in _places(checkpoint, reference, args, beside):
         if str(place) not in looked:
-            found = _open(place, args)
+            is_named = reference is not None and place == _directory(reference)
+            elsewhere = not os.path.abspath(place).startswith(near)
+            found = _open(place, args, is_named=is_named or elsewhere)
             if isinstance(found, Tokenizer):
-                return found
+                return replace(found, remarks=(*unusable, *found.remarks))
             looked[str(place)] = found
+            if found.startswith(_UNUSABLE):
+                unusable.append(f"the tokenizer in {place} {found}")
     return _vocab_and_merges(args) or _missing(looked, args)
 
 
-def with_processor(found: Tokenizer, places: Sequence[Path]) -> Tokenizer:
+def with_processor(
+    found: Tokenizer, places: Sequence[Path], given: Path | None = None
+) -> Tokenizer:
     """`found`, of a model that sees: with the files of its processor, where they are beside the
     tokenizer's or in one of `places`; a remark where they are not."""
     if not set(PROCESSOR).isdisjoint(found.files):
@@ -116,7 +127,10 @@ def with_processor(found: Tokenizer, places: Sequence[Path]) -> Tokenizer:
     for place in places:
         names = [name for name in PROCESSOR if (place / name).is_file()]
         if names:
-            files = {name: _read(place / name) for name in names}
+            try:
+                files = {name: _read(place / name, place == given) for name in names}
+            except OSError as problem:
+                raise CheckpointError(f"{place} cannot be read: {problem.strerror}") from None
             return replace(found, files={**found.files, **files})
     looked = "".join(f" or in {place}" for place in dict.fromkeys(places))
     remark = (
@@ -129,7 +143,7 @@ def with_processor(found: Tokenizer, places: Sequence[Path]) -> Tokenizer:
 def within(directory: Path) -> Tokenizer:
     """Whether `directory` itself holds a tokenizer, whose files are served from there."""
     try:
-        files = _of_directory(directory)
+        files = _of_directory(directory, follows=True)
     except OSError as problem:
         files = f"cannot be read ({problem.strerror})"
     return Tokenizer({}, str(directory), not isinstance(files, str), {})
@@ -146,23 +160,36 @@ def _places(
         yield place / "tokenizer"
     yield root / "huggingface"
     if reference is not None:
-        yield reference if reference.is_dir() else reference.parent
+        yield _directory(reference)
     yield from beside
     named = args.get("tokenizer_model")
     if isinstance(named, str) and named:
         yield Path(named)
 
 
-def _open(place: Path, args: Mapping[str, object], keeps_template: bool = False) -> Tokenizer | str:
+def _directory(reference: Path) -> Path:
+    return reference if reference.is_dir() else reference.parent
+
+
+def _open(
+    place: Path, args: Mapping[str, object], is_given: bool = False, is_named: bool = False
+) -> Tokenizer | str:
     """The tokenizer in directory `place` or of the file `place`, or why there is none. With the
-    run's own chat template, unless `keeps_template` and it has one."""
+    run's own chat template, unless the tokenizer `is_given` by the user and has one.
+
+    Links out of a directory are followed only where the user named it, or it came with no
+    checkpoint: a checkpoint must not make mcorefs show other files of this machine.
+    """
+    follows = is_given or is_named
     try:
         if place.is_file():
-            files = _of_file(place)
+            files = _of_file(place, follows)
         elif place.is_dir():
-            files = _of_directory(place)
+            files = _of_directory(place, follows)
         else:
             return "does not exist"
+    except CheckpointError as problem:
+        return f"{_UNUSABLE}: {problem}"
     except OSError as problem:
         return f"cannot be read ({problem.strerror})"
     if isinstance(files, str):
@@ -177,7 +204,7 @@ def _open(place: Path, args: Mapping[str, object], keeps_template: bool = False)
     found = _tokenizer({**files, **made}, str(place))
     if isinstance(found, str):
         return found
-    served = _with_template(found, args, keeps_template)
+    served = _with_template(found, args, is_given)
     return replace(served, remarks=tuple(_remarks(served, args, bool(made))))
 
 
@@ -221,37 +248,34 @@ def _remarks(found: Tokenizer, args: Mapping[str, object], is_converted: bool) -
         )
 
 
-def _of_directory(directory: Path) -> dict[str, bytes] | str:
+def _of_directory(directory: Path, follows: bool) -> dict[str, bytes] | str:
     if (directory / MISSING_FILE).exists():  # written by mcorefs: its tokenizer.json is a refusal
         return f"is a directory that mcorefs made, without a tokenizer (see its {MISSING_FILE})"
     names = [name for name in COMPANIONS if (directory / name).is_file()]
     if not any(set(names).issuperset(vocabulary) for vocabulary in VOCABULARIES):
         return "holds no " + ", ".join(" with ".join(names) for names in VOCABULARIES)
-    files = {name: _read(directory / name) for name in names}
+    files = {name: _read(directory / name, follows) for name in names}
     for file in sorted((directory / TEMPLATES).glob("*.jinja")):
-        files[f"{TEMPLATES}/{file.name}"] = _read(file)
+        files[f"{TEMPLATES}/{file.name}"] = _read(file, follows)
     return files
 
 
-def _of_file(file: Path) -> dict[str, bytes] | str:
+def _of_file(file: Path, follows: bool) -> dict[str, bytes] | str:
     """A file with a usual name and those beside it, or one vocabulary with a name of its own."""
     for names in VOCABULARIES:
         if file.name in names and all((file.parent / name).is_file() for name in names):
-            return _of_directory(file.parent)
+            return _of_directory(file.parent, follows)
     if file.suffix == ".json":
-        return {"tokenizer.json": _read(file)}
+        return {"tokenizer.json": _read(file, follows)}
     if file.suffix == ".model":
-        data = _read(file)
+        data = _read(file, follows)
         return {"tokenizer.model": data} if is_model(data) else "is no SentencePiece model"
     return "is not a tokenizer file"
 
 
-def _read(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        data = opened.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise OSError(errno.EFBIG, f"{file.name} is larger than {MAX_BYTES >> 20} MiB")
-    return data
+def _read(file: Path, follows: bool = True) -> bytes:
+    """Raises CheckpointError where it is a link that leads elsewhere, and not `follows`."""
+    return read_file(file if follows else resolved(file), MAX_BYTES)
 
 
 def _vocab_and_merges(args: Mapping[str, object]) -> Tokenizer | None:

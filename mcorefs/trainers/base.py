@@ -15,6 +15,7 @@ from typing import Protocol
 
 from mcorefs.formats import Checkpoint
 from mcorefs.locate import Location
+from mcorefs.storage import read_file
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ class Companions:
 def is_model_directory(path: Path) -> bool:
     """Whether the config.json of a model lies in `path`; other programs use that name too."""
     try:
-        with (path / "config.json").open("rb") as file:
-            config = json.loads(file.read(1 << 24))
+        config = json.loads(read_file(path / "config.json", 16 << 20))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and isinstance(config.get("model_type"), str)

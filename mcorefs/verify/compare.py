@@ -17,6 +17,7 @@ from mcorefs.formats.huggingface import Weights, read_weights
 from mcorefs.index import StoredTensor
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.reader import Reader
+from mcorefs.storage import read_file
 from mcorefs.verify.findings import PIECE, Difference, OnProgress, threads
 
 IGNORED_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures")
@@ -135,8 +136,8 @@ def _real_weights(directory: Path) -> Weights:
 
 def _config_differences(config: Mapping[str, object], directory: Path) -> Iterator[Difference]:
     try:
-        stated = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError):
+        stated = json.loads(read_file(directory / "config.json", 16 << 20))
+    except (OSError, ValueError, RecursionError):
         return
     if not isinstance(stated, dict):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mcorefs.errors import MappingError
 from mcorefs.mapping.family import Facts, Key, Proven, Soft
 
 
@@ -148,6 +149,8 @@ def attention_kinds(facts: Facts) -> list[str]:
         slides = [False] * layers
     elif isinstance(skipped, list | tuple):
         slides = [bool(one) for one in skipped]
+    elif skipped == 0:
+        raise MappingError("it has no layer without a window:", ["window_attn_skip_freq is 0"])
     elif isinstance(skipped, int):
         slides = [layer % skipped != 0 for layer in range(1, layers + 1)]
     else:
