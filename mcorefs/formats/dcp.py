@@ -269,7 +269,7 @@ def read_tensor(
 ) -> tuple[StoredTensor | None, str | None]:
     """The tensor that `.metadata` describes, or what is wrong with it."""
     if isinstance(entry, Inert):
-        return None, f"{fqn}: .metadata describes it as {entry.name}, which is not known"
+        return None, f"{fqn}: .metadata describes it as {describe(entry)}, which is not known"
     properties = getattr(entry, "properties", None)
     dtype = properties.dtype if isinstance(properties, TensorProperties) else None
     if not isinstance(dtype, DType):

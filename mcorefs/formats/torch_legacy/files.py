@@ -30,7 +30,7 @@ from mcorefs.index import Span
 from mcorefs.names import unwrapped
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.torchzip import Record, load, record_of
-from mcorefs.unpickle import StoredView
+from mcorefs.unpickle import StoredView, describe
 
 FILE, NEMO_FILE = "model_optim_rng.pt", "model_weights.ckpt"
 _DIRECTORY = re.compile(
@@ -164,7 +164,7 @@ def _parameters(
             span = Span(path, record.header, record.nbytes, "zip_record")
             parts[str(name)] = Part(span, value.dtype, value.size, value.stride, value.offset)
         else:
-            kind = getattr(value, "name", "") or type(value).__name__
+            kind = describe(value)
             problems.append(
                 f"{path}: {name} is no plain tensor but a {kind:.80}, which cannot be read bit "
                 "for bit"
