@@ -344,6 +344,15 @@ def test_what_no_key_expresses(
     assert f"{argument}={value!r}" in problem
 
 
+def test_without_multi_token_prediction(fixtures: Mapping[str, Fixture]) -> None:
+    fixture = fixtures["qwen3_5_moe-ep2-mtp"]
+    model = load(fixture.root, Options(hf_config=fixture.hf, mtp=False))
+    text = model.config["text_config"]
+    assert isinstance(text, dict)
+    assert text["mtp_num_hidden_layers"] == 0
+    assert not [tensor.name for tensor in model.tensors if tensor.name.startswith("mtp.")]
+
+
 def test_no_other_task(fixtures: Mapping[str, Fixture]) -> None:
     fixture = fixtures["qwen3_vl-bridge-tp2"]
     with pytest.raises(MappingError, match="not served for the task embedding"):

@@ -20,6 +20,7 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.modeling_layers import MtpModel
 
 from . import own_code
@@ -63,13 +64,16 @@ def _predictions(
         behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
         if not FAMILIES[spec.family].mtp_apart:
             model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
-        model.config.num_mtp_layers = spec.mtp  # which some models' configs do not say
-        if hasattr(model.config, "mlp_layer_types"):
-            model.config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
+        config = model.config.get_text_config()
+        config.num_mtp_layers = spec.mtp  # which some models' configs do not say
+        if hasattr(config, "mlp_layer_types"):
+            config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
         if spec.index_topk:
-            model.config.mtp_layer_types = ["indexed_attention"] * spec.mtp
-        elif hasattr(model.config, "layer_types"):
-            model.config.mtp_layer_types = ["full_attention"] * spec.mtp
+            config.mtp_layer_types = ["indexed_attention"] * spec.mtp
+        elif hasattr(config, "layer_types"):
+            config.mtp_layer_types = ["full_attention"] * spec.mtp
+        if spec.vision:  # else what its language model converts is converted in that alone
+            model._weight_conversions = get_model_conversion_mapping(model.get_decoder())
         layers = MtpModel.from_pretrained(model)
         if spec.index_topk:
             _let_indexers_draft(layers)

@@ -54,6 +54,24 @@ def save_model(spec: Spec, directory: Path) -> None:
                 if name.endswith(turned):
                     tensors[name] = tensors[name].transpose(1, 2).contiguous()
             save_file(tensors, file, {"format": "pt"})
+    if spec.mtp and spec.vision and spec.is_moe:
+        _name_each_expert(directory / "model.safetensors")
+
+
+def _name_each_expert(file: Path) -> None:
+    """Of layers for multi-token prediction, as on the hub (Qwen3.5; Qwen3.6 has them fused):
+    transformers does so with those it knows as the language model's."""
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.startswith("mtp.") and ".experts." in name]:
+        fused = tensors.pop(name)
+        at, _, projection = name.rpartition(".")
+        for number, expert in enumerate(fused):
+            parts = {projection: expert}
+            if projection == "gate_up_proj":
+                parts = dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
+            for part, value in parts.items():
+                tensors[f"{at}.{number}.{part}.weight"] = value.contiguous()
+    save_file(tensors, file, {"format": "pt"})
 
 
 def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
@@ -66,11 +84,12 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
     model = build_model(spec.but(layers=spec.layers + spec.mtp, moe_layer_freq=more, mtp=0))
     generator = torch.Generator().manual_seed(spec.seed + 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers: nn.ModuleList = model.model.layers
+    decoder = model.get_decoder()
+    layers: nn.ModuleList = decoder.layers
     if FAMILIES[spec.family].mtp_apart:
-        model.model.layers = layers[: spec.layers]
+        decoder.layers = layers[: spec.layers]
         model.mtp = _apart(spec, layers[spec.layers :], generator)
-        layers = model.model.layers
+        layers = decoder.layers
     for layer in layers[spec.layers :]:
         for name in ("enorm", "hnorm"):
             layer.add_module(name, _norm(layer, generator))
@@ -83,6 +102,8 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
         layer.shared_head.head = copy.deepcopy(head)
     model.config = model_config(spec)
     model.config.architectures = [type(model).__name__]
+    if spec.vision:
+        model.config.vision_config.dtype = model.dtype
     return model
 
 

@@ -1,5 +1,12 @@
 """Qwen3.5 as the hub has it: its language models, and a vision model before them like Qwen3-VL's,
-without deepstack. Without multi-token prediction."""
+without deepstack.
+
+Layers for multi-token prediction are where the language model by itself has them, with each expert
+by itself as Qwen3.5's on the hub; Qwen3.6's have them fused. Trainers and engines read both
+(Megatron-Bridge:src/megatron/bridge/models/qwen_vl/qwen35_vl_bridge.py, mbridge:mbridge/models/
+qwen3_5/base_bridge.py, vLLM:vllm/model_executor/models/qwen3_5_mtp.py); transformers' MtpModel
+wants them fused (5.23).
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ..spec import Spec
-from .base import Family, Values
-from .qwen3_5_text import APART
-from .qwen3_next import HYBRID, hybrid_arguments, hybrid_config
+from .base import AT_MTP_APART, Family, Values
+from .qwen3_5_text import APART, QWEN3_5_TEXT
+from .qwen3_next import HYBRID, hybrid_arguments
 from .qwen3_vl import seeing_config
 
 _QWEN3_5 = HYBRID.but(family="qwen3_5", vision="megatron", common="no_args")
@@ -37,7 +37,7 @@ def mrope_arguments(spec: Spec) -> Values:
 
 
 def _config(spec: Spec) -> Values:
-    return with_mrope(hybrid_config(spec))
+    return with_mrope(QWEN3_5_TEXT.config(spec))
 
 
 QWEN3_5 = Family(
@@ -45,6 +45,10 @@ QWEN3_5 = Family(
         "qwen3_5-tp2": _QWEN3_5.but(tp=2, hf_max_shard_size="60KB", seed=320),
         "qwen3_5-swift-pp2-tied": _QWEN3_5.but(
             vision="ms-swift", pp=2, tied=True, common="common.pt", seed=321
+        ),
+        "qwen3_5-tp2-mtp-tied": _QWEN3_5.but(tp=2, mtp=1, tied=True, seed=324),
+        "torch-qwen3_5-swift-pp2-mtp": _QWEN3_5.but(
+            format="torch", vision="ms-swift", pp=2, mtp=1, common="common.pt", seed=325
         ),
         "torch-qwen3_5-bridge-tp2-pp2": _QWEN3_5.but(
             format="torch", vision="megatron-bridge", tp=2, pp=2, names="te", seed=322
@@ -55,5 +59,6 @@ QWEN3_5 = Family(
     arguments=mrope_arguments,
     built=lambda spec: {"position_embedding_type": "rope", "mrope_section": None},
     vision=seeing,
+    mtp_at=AT_MTP_APART,
     parameters=APART,
 )

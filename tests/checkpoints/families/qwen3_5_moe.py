@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..spec import Spec
-from .base import Family, Values
+from .base import AT_MTP_APART, Family, Values
 from .qwen3_5 import mrope_arguments, seeing, with_mrope
 from .qwen3_5_moe_text import QWEN3_5_MOE_TEXT
 from .qwen3_next import HYBRID
@@ -34,6 +34,7 @@ QWEN3_5_MOE = Family(
         "qwen3_5_moe-megatron-pp2-ep2": _QWEN3_5_MOE.but(
             vision="megatron", pp=2, dp=2, ep=2, seed=331
         ),
+        "qwen3_5_moe-ep2-mtp": _QWEN3_5_MOE.but(dp=2, ep=2, mtp=1, seed=333),
         "torch-qwen3_5_moe-swift-tp2-pp2-ep2": _QWEN3_5_MOE.but(
             format="torch",
             vision="ms-swift",
@@ -50,5 +51,6 @@ QWEN3_5_MOE = Family(
     arguments=_arguments,
     built=QWEN3_5_MOE_TEXT.built,
     vision=seeing,
+    mtp_at=AT_MTP_APART,
     parameters=QWEN3_5_MOE_TEXT.parameters,
 )
