@@ -109,6 +109,27 @@ def test_in_the_foreground_with_no_mount_point(fixture: Fixture, place: Path, ho
     server.stdout.close()
 
 
+def test_a_sidecar_without_any_right(fixture: Fixture, place: Path) -> None:
+    """No capability, none to be gained, and neither fusermount nor /dev/fuse is needed."""
+    fd = mount_device(place / "mnt")
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--no-new-privs"]
+    server = subprocess.Popen(
+        [*drop, *command("mount", fixture.root, f"/dev/fd/{fd}", *SHOWN, "--foreground")],
+        pass_fds=(fd,),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    os.close(fd)
+    assert f"on descriptor {fd}" in server.stdout.readline()
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+    assert_shows(place / "mnt", fixture)
+    run("umount", place / "mnt")
+    assert server.wait(timeout=30) == 0
+    server.stdout.close()
+
+
 def test_all_iterations(fixture: Fixture, place: Path) -> None:
     fd = mount_device(place / "mnt")
     options = ["--all-iterations", *SHOWN, "--fuse-fd", fd]
@@ -183,6 +204,14 @@ def test_the_right_to_mount_is_missed_with_words(fixture: Fixture, place: Path) 
     assert "Operation not permitted" in done.stderr
     assert "--device /dev/fuse --cap-add SYS_ADMIN" in done.stderr
     assert mounted(place / "mnt") is None
+
+
+def test_a_host_mount_is_seen_in_a_user_namespace(fixture: Fixture, place: Path) -> None:
+    run("mount", fixture.root, place / "mnt", *SHOWN)
+    file = min(fixture.hf.glob("*.safetensors"))
+    command = ["unshare", "-Urm", "cmp", str(file), str(place / "mnt" / file.name)]
+    subprocess.run(command, check=True, timeout=60)
+    run("umount", place / "mnt")
 
 
 def test_a_host_mount_is_seen_where_it_propagates(fixture: Fixture, place: Path) -> None:
