@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from mcorefs.activity import Counter
 from mcorefs.mount import mounted
+from mcorefs.mount.living import INTERVAL
 from tests.checkpoints import Fixture, ensure
 
 NAME = "qwen3_moe-tp2-pp2-ep2"
@@ -173,10 +176,27 @@ def test_what_cannot_be_asked(fixture: Fixture, place: Path) -> None:
     assert "/proc is a proc mount" in mcorefs("status", "/proc", status=1)
     mcorefs("mount", fixture.root, mnt)
     pid = int(counted(asked(mnt), "pid"))
-    os.kill(pid, 19)
-    assert "does not answer" in mcorefs("status", mnt, status=1)
-    os.kill(pid, 18)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert "does not answer" in mcorefs("status", mnt, status=1)
+    finally:
+        os.kill(pid, signal.SIGCONT)
     assert "errors  0" in mcorefs("status", mnt)
+
+
+def test_a_silent_run_hangs_no_command(fixture: Fixture, place: Path) -> None:
+    """The kernel forgets within a second what it knows of a run: what looks at the mount hangs."""
+    mnt = place / "mnt"
+    mcorefs("mount", fixture.root, mnt, "--all-iterations")
+    pid = int(counted(asked(mnt), "pid"))
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(2 * INTERVAL)
+        assert "does not answer" in mcorefs("status", mnt, status=1)
+        mcorefs("umount", "--force", mnt)
+        assert mounted(mnt) is None
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_counting_loses_nothing() -> None:
