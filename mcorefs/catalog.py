@@ -10,10 +10,12 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     decoder.layers.{l}.self_attention.conv1d.weight.joined   query, key, value
     decoder.layers.{l}.mixer.in_proj.weight.joined           z, x, B, C, dt
     decoder.layers.{l}.mixer.conv1d.{weight,bias}.joined     x, B, C
+    decoder.layers.{l}.mamba_mixer....                       likewise, beside attention
     vision_model.{name in transformers' module}              where that is what sees
     vision_model.decoder.layers.{l}....                      where Megatron's layers do
 
-(megatron-core stores the last four in sections; `in_proj.weight` itself has rows in another order.)
+(megatron-core stores what is joined in sections; `in_proj.weight` itself has rows in another
+order.)
 Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
 `experts.experts`), ssm/gated_delta_net.py and ssm/mamba_mixer.py (sections), transformer/mlp.py
@@ -48,6 +50,8 @@ _SECTIONS = {
     "self_attention.conv1d": ("query", "key", "value"),
     "mixer.in_proj": ("z", "x", "B", "C", "dt"),
     "mixer.conv1d": ("x", "B", "C"),
+    "mamba_mixer.in_proj": ("z", "x", "B", "C", "dt"),
+    "mamba_mixer.conv1d": ("x", "B", "C"),
 }
 _SECTION = re.compile(
     rf"(.*\.({'|'.join(map(re.escape, _SECTIONS))})\.(?:weight|bias))"

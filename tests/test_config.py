@@ -208,6 +208,16 @@ OTHERWISE: Mapping[str, object] = {
     "index_topk": 3,
     "topk_group": 1,
     "swiglu_limit": 0.1,
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 1.5,
+    "key_multiplier": 1.5,
+    "attention_in_multiplier": 1.1,
+    "attention_out_multiplier": 1.5,
+    "ssm_in_multiplier": 1.5,
+    "ssm_out_multiplier": 1.5,
+    "mlp_multipliers": [1.7, 0.8838834764831844],
+    "ssm_multipliers": [1.3, 0.85, 0.5, 1.9, 0.4],
+    "mamba_norm_before_gate": True,
 }
 """Changes no tensor, only what is computed with it."""
 UNREAD = {("deepseek_v2", "norm_topk_prob")}

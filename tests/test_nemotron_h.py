@@ -240,7 +240,7 @@ def test_multi_token_prediction_is_refused(tensors: dict[str, View]) -> None:
         for p in problems
     )
     facts = gather(tensors, {}, NO_REFERENCE)[0]
-    with pytest.raises(MappingError, match="of which only nemotron_h is supported yet") as caught:
+    with pytest.raises(MappingError, match="what speaks against nemotron_h:") as caught:
         choose(tensors, facts, None, NO_REFERENCE)
     assert caught.value.problems == ("has mtp.layers.*.mtp_model_layer.layers.*.mixer.D",)
 

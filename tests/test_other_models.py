@@ -62,7 +62,6 @@ def test_encoders_of_megatron_core(tmp_path: Path, kind: str, what: str) -> None
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("decoder.layers.0.mamba_mixer.in_proj.weight.z", "a Falcon-H1: attention and Mamba side"),
         ("vision_projection.encoder.linear_fc1.weight", "a vision-language model"),
         ("model.visual.patch_embed.proj.weight", "a vision-language model"),
     ],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mcorefs.errors import MappingError
 from mcorefs.mapping.families import FAMILIES
+from mcorefs.mapping.families.falcon_h1 import FALCON_H1
 from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.plan import against, doubts
@@ -20,13 +21,16 @@ _OTHERS: Mapping[str, str] = {
     r"cross_attention\.": "a T5: an encoder and a decoder",
     r"(?:binary_head|pooler|embedding\.tokentype_embeddings)\.": "a BERT: an encoder",
     r"(?:.*\.)?(?:vision_model|vision_projection|visual)\.": "a vision-language model",
-    r"mamba_mixer\.": "a Falcon-H1: attention and Mamba side by side in each layer",
 }
 """What else Megatron trains, by the beginning of a tensor's name (in its layer, if it is in one):
-Megatron-LM:megatron/core/models/{T5/t5_model,bert/bert_model,multimodal/llava_model}.py and
-Megatron-Bridge:src/megatron/bridge/models/falcon_h1/modeling_falconh1/falconh1_layer.py."""
-_HYBRID = re.compile(r"(?:.*\.)?mixer\.")
-"""The beginning of a name in a Mamba layer (Megatron-LM:megatron/core/ssm/mamba_layer.py)."""
+Megatron-LM:megatron/core/models/{T5/t5_model,bert/bert_model,multimodal/llava_model}.py."""
+_HYBRIDS: Mapping[str, Family] = {
+    r"(?:.*\.)?mamba_mixer\.": FALCON_H1,
+    r"(?:.*\.)?mixer\.": NEMOTRON_H,
+}
+"""By the beginning of a name in Mamba mixers, beside attention in one layer or in their own
+(Megatron-Bridge:src/megatron/bridge/models/falcon_h1/modeling_falconh1/falconh1_layer.py,
+Megatron-LM:megatron/core/ssm/mamba_layer.py)."""
 _IN_LAYER = re.compile(r"(?:encoder|decoder)\.layers\.\*\.")
 
 
@@ -81,11 +85,12 @@ def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:
         if (other := _other(facts)) is not None:
             near = [_not_that(name, weighed[name]) for name in weighed if sees]
             raise MappingError(f"it is {other}, which is not supported yet", near)
-        if any(_HYBRID.match(name) for name in _in_layers(facts)):
+        if (hybrid := _hybrid(facts)) is not None:
             raise MappingError(
-                f"it is a hybrid of Mamba layers and others, of which only {NEMOTRON_H.name} is "
-                "supported yet; what speaks against that:",
-                against(NEMOTRON_H, facts),
+                "it is a hybrid of Mamba and others, of which only "
+                f"{' and '.join(family.name for family in _HYBRIDS.values())} are supported yet; "
+                f"what speaks against {hybrid.name}:",
+                against(hybrid, facts),
             )
         close = {family.name: doubts(family, tensors, facts) for family in families}
         raise _undecided("no supported model family fits", weighed, close, facts)
@@ -117,6 +122,13 @@ def _other(facts: Facts) -> str | None:
     """What it is, if it is of a kind that no family here is of."""
     names = _in_layers(facts)
     found = (what for begin, what in _OTHERS.items() if any(re.match(begin, n) for n in names))
+    return next(found, None)
+
+
+def _hybrid(facts: Facts) -> Family | None:
+    """The family that a model with Mamba mixers is nearest to; None if it has none."""
+    names = _in_layers(facts)
+    found = (one for begin, one in _HYBRIDS.items() if any(re.match(begin, n) for n in names))
     return next(found, None)
 
 

@@ -101,7 +101,7 @@ def _settle(name: str, key: Key, facts: Facts, reference: Reference) -> _Settled
             return _Settled(stated)
         if key.default is REQUIRED:
             return _Settled(None, problem=_unknown(facts))
-        return _Settled(key.default, is_assumed=key.default is not None)
+        return _Settled(key.default, is_assumed=key.default not in (None, LEFT_OUT))
     value = found.value if isinstance(found, Soft | Proven) else found
     if _agree(stated, value):
         return _Settled(value if stated is None else stated)

@@ -200,7 +200,8 @@ class Key:
     """From the checkpoint: a value with which a reference must agree, Soft or Proven, or None where
     it does not say."""
     default: object = REQUIRED
-    """Used, and named at mount time, where neither the checkpoint nor a reference says."""
+    """Used, and named at mount time, where neither the checkpoint nor a reference says. With
+    LEFT_OUT, the key is then left out, and what transformers' class has for it holds."""
     aliases: tuple[str, ...] = ()
     """Other names of the key in reference configs."""
     read: Callable[[object], object] = as_stated

@@ -17,10 +17,13 @@ from mcorefs.boxes import Shape
 from mcorefs.mapping.reference import Reference
 from mcorefs.views import View
 
+_PLACES = ("mixer.", "mamba_mixer.")
+"""Where in its layer a mixer is: alone, or beside attention."""
 CLAIMS: Mapping[str, tuple[str, ...]] = {
     "mamba_heads": ("mamba_num_heads",),
     "mamba_head_dim": ("mamba_head_dim",),
     "mamba_state": ("mamba_state_dim",),
+    "mamba_kernel": ("d_conv",),
 }
 """Arguments that state these sizes."""
 
@@ -40,7 +43,8 @@ def mamba_sizes(
     """
 
     def shape(*names: str, axes: int) -> Shape | None:
-        views = (layer[f"mixer.{name}"] for name in names if f"mixer.{name}" in layer)
+        named = (layer.get(at + name) for at in _PLACES for name in names)
+        views = (view for view in named if view is not None)
         return next((view.shape for view in views if len(view.shape) == axes), None)
 
     heads = shape("A_log", axes=1)
@@ -65,7 +69,8 @@ def mamba_sizes(
         "mamba_mixed": conv,
         "mamba_kernel": mixed[2],
     }
-    groups = args.get("mamba_num_groups", reference.config.get("n_groups"))
+    stated = (reference.config.get(name) for name in ("n_groups", "mamba_n_groups"))
+    groups = args.get("mamba_num_groups", next(filter(None, stated), None))
     if type(groups) is not int or groups < 1:
         problems.append(
             "mamba_num_groups is recorded nowhere in the checkpoint; pass --hf-config with the "

@@ -19,6 +19,7 @@ _FAMILIES: Mapping[str, str] = {
     "DeepSeekV2": "deepseek_v2",
     "DeepSeekV2Lite": "deepseek_v2",
     "DeepSeekV3": "deepseek_v3",
+    "FalconH1": "falcon_h1",
     "GLM45": "glm4_moe",
     "GLM45Air": "glm4_moe",
     "GLM45V": "glm4v_moe",

@@ -140,7 +140,9 @@ def build_model(spec: Spec) -> PreTrainedModel:
                 parameter.data = torch.zeros(parameter.shape)
             elif parameter.dim() == 1 and name.endswith(".weight"):  # of a norm
                 parameter.uniform_(0.5, 1.5, generator=generator)
-            elif name.endswith(".mixer.dt_bias"):  # of steps between 0.0002 and 1
+            elif name.endswith(
+                (".mixer.dt_bias", ".mamba.dt_bias")
+            ):  # of steps between 0.0002 and 1
                 parameter.uniform_(-8.5, 0.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.05, generator=generator)

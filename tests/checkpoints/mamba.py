@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from . import falcon
 from .spec import Spec
 from .te_linear import TELinear
 
@@ -74,11 +76,12 @@ def _scan(
     D: Tensor,  # noqa: N803 (the kernel's own name)
     dt_bias: Tensor,
     dt_softplus: bool,
+    z: Tensor | None,
     **rest: object,
 ) -> Tensor:
     """mamba_ssm:mamba_ssm/ops/triton/ssd_combined.py mamba_chunk_scan_combined, token by token:
     the state decays by exp(dt * rates), takes in dt * x * inputs and is read by outputs, which
-    heads share in groups. Steps have no limit."""
+    heads share in groups. Steps have no limit; `z` are gates of what is read."""
     if not dt_softplus or any(rest.values()):
         raise ValueError(f"megatron-core asks for something else: {rest}")
     batch, length, heads, size = x.shape
@@ -95,7 +98,8 @@ def _scan(
         decay = torch.exp(step * rates[:, None])
         state = state * decay[..., None] + (step * x[:, at])[..., None] * into
         made.append((state * out).sum(-1) + D[:, None] * x[:, at])
-    return torch.stack(made, 1)
+    read = torch.stack(made, 1)
+    return read if z is None else read * silu(z)
 
 
 @contextmanager
@@ -132,15 +136,18 @@ def build_hybrid(spec: Spec, args: dict[str, Any], config: TransformerConfig) ->
     moe_layer.HAVE_TE, moe_layer.TELinear = True, _whole_linear
     model: torch.nn.Module = MambaModel(
         config=config,
-        mamba_stack_spec=_stack(spec),
+        mamba_stack_spec=_stack(spec, args),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        hybrid_override_pattern=spec.pattern,
+        hybrid_override_pattern=(spec.pattern or "").replace("P", "*"),
         share_embeddings_and_output_weights=spec.tied,
         position_embedding_type=args["position_embedding_type"],
+        rotary_base=args["rotary_base"],
     )
+    if spec.family == "falcon_h1":
+        falcon.multiply_ends(model, args)
     return model
 
 
@@ -155,7 +162,7 @@ def _whole_linear(input_size: int, output_size: int, **rest: Any) -> _Latent:
     return _Latent(input_size, output_size, rest["config"], is_expert=False)
 
 
-def _stack(spec: Spec) -> ModuleSpec:
+def _stack(spec: Spec, args: dict[str, Any]) -> ModuleSpec:
     """As megatron/core/models/mamba/mamba_layer_specs.py mamba_stack_spec has it."""
     from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
     from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
@@ -165,14 +172,13 @@ def _stack(spec: Spec) -> ModuleSpec:
     def fused(norm: str, linear: str) -> dict[str, str]:
         return {f"{norm}.": f"{linear}.layer_norm_"}
 
+    mixer = ModuleSpec(
+        module=MambaMixer,
+        submodules=MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear),
+    )
     mamba = MambaLayerSubmodules(
         norm=WrappedTorchNorm,
-        mixer=ModuleSpec(
-            module=MambaMixer,
-            submodules=MambaMixerSubmodules(
-                in_proj=ColumnParallelLinear, out_proj=RowParallelLinear
-            ),
-        ),
+        mixer=mixer,
         mamba_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map=fused("norm", "mixer.in_proj"),
     )
@@ -204,11 +210,22 @@ def _stack(spec: Spec) -> ModuleSpec:
         mlp=get_moe_module_spec(use_te=False, num_experts=spec.experts, moe_grouped_gemm=False),
         mlp_bda=get_bias_dropout_add,
     )
+    attention_layer = ModuleSpec(module=TransformerLayer, submodules=attention)
+    if spec.family == "falcon_h1":
+        both = replace(
+            attention,
+            pre_mlp_layernorm=mlp.pre_mlp_layernorm,
+            mlp=mlp.mlp,
+            sharded_state_dict_keys_map=mlp.sharded_state_dict_keys_map,
+        )
+        attention_layer = ModuleSpec(
+            module=falcon.ParallelLayer, submodules=both, params={"mixer": mixer, "args": args}
+        )
     return ModuleSpec(
         module=MambaStack,
         submodules=MambaStackSubmodules(
             mamba_layer=ModuleSpec(module=MambaLayer, submodules=mamba),
-            attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+            attention_layer=attention_layer,
             mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
             moe_layer=ModuleSpec(module=MoETransformerLayer, submodules=experts),
         ),

@@ -25,6 +25,7 @@ from .spec import ADAPTED, HEADED, Spec
 GENERATOR_FILES = (
     "adapters.py",
     "delta_net.py",
+    "falcon.py",
     "families/base.py",
     "forward.py",
     "fsdp_writer.py",

@@ -121,7 +121,10 @@ class Spec:
     mtp: int = 0
     """Layers for multi-token prediction."""
     pattern: str | None = None
-    """Of a hybrid, what each layer is: Mamba (M), attention (*), an MLP (-) or experts (E)."""
+    """Of a hybrid, what each layer is: Mamba (M), attention (*), an MLP (-), experts (E), or Mamba
+    beside attention, then an MLP (P)."""
+    mixer_norm: bool = True
+    """Mamba mixers have a norm, in a family that has them both ways."""
     moe_latent: int | None = None
     """Width that experts are given and make, if it is not that of the hidden states."""
     seed: int = 20

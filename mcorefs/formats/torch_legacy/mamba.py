@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 
-_D = ".mixer.D"
+_D = (".mixer.D", ".mamba_mixer.D")
+"""Alone in its layer, or beside attention."""
 
 
 def divided(parts: Mapping[str, Part], problems: list[str]) -> dict[str, Part]:

@@ -110,11 +110,15 @@ _CUTS = {
     **dict.fromkeys((f"weight.{part}" for part in ("x", "B", "C", "dt")), Cut.ROWS),
     **dict.fromkeys((f"bias.{part}" for part in ("x", "B", "C")), Cut.ROWS),
     **dict.fromkeys((f"self_attention.{name}" for name in ("A_log", "dt_bias")), Cut.ROWS),
-    **dict.fromkeys((f"mixer.{name}" for name in ("A_log", "D", "dt_bias")), Cut.ROWS),
+    **{
+        f"{mixer}.{name}": Cut.ROWS
+        for mixer in ("mixer", "mamba_mixer")
+        for name in ("A_log", "D", "dt_bias")
+    },
     "out_proj.weight": Cut.COLUMNS,
 }
 """By the last two words of a name; norms are known by their name."""
-_CUT_NORM = ".mixer.norm.weight"
+_CUT_NORM = (".mixer.norm.weight", ".mamba_mixer.norm.weight")
 """Mamba norms heads in groups, of which each rank has its share."""
 
 

@@ -6,14 +6,18 @@ MambaConv1dMapping of Megatron-Bridge:src/megatron/bridge/models/conversion/para
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Literal
 
 from mcorefs.mapping.blocks.keys import constant, dim
 from mcorefs.mapping.blocks.names import MLAYER
 from mcorefs.mapping.family import Facts, Key, Proven, Rule
 
-_AT = MLAYER + "mixer."
-_BARE = "decoder.layers.*.mixer.in_proj.weight"
+BESIDE = "mamba_mixer"
+"""What a mixer beside attention, in one layer with it, is called in Megatron: Megatron-Bridge:
+src/megatron/bridge/models/falcon_h1/modeling_falconh1/falconh1_layer.py."""
+_BARE = re.compile(rf"decoder\.layers\.\*\.(?:mixer|{BESIDE})\.in_proj\.weight")
 _CONV_BIAS = "decoder.layers.*.mixer.conv1d.bias"
 NO_SHORTEST_STEP = 1e-45
 """Megatron's kernels are given no shortest step, transformers' model lengthens those that are
@@ -21,19 +25,22 @@ shorter than time_step_min. The least that float32 can say: of 0 transformers wo
 logarithm when it initialises a model."""
 
 
-def mixer(hf: str) -> tuple[Rule, ...]:
-    """The parameters of the mixer, which is called `hf` in Hugging Face's model."""
+def mixer(hf: str, called: str = "mixer") -> tuple[Rule, ...]:
+    """The parameters of the mixer, which is called `hf` in Hugging Face's model, and `called` in
+    Megatron's: of the layers that have one, or, BESIDE attention, of all."""
+    at = f"{MLAYER}{called}."
+    bias = f"decoder.layers.*.{called}.conv1d.bias"
+    layers: Literal["all", "mixer"] = "all" if called == BESIDE else "mixer"
 
     def rule(name: str, *shape: str | int, when: str = "") -> Rule:
-        return Rule(hf + name, _AT + name, shape, layers="mixer", when=when)
+        return Rule(hf + name, at + name, shape, layers=layers, when=when)
 
     def joined(name: str, *shape: str | int, when: str = "") -> Rule:
-        source = (f"{_AT}{name}.joined", _AT + name)
-        return Rule(hf + name, source, shape, layers="mixer", when=when)
+        source = (f"{at}{name}.joined", at + name)
+        return Rule(hf + name, source, shape, layers=layers, when=when)
 
     conv_bias = (
-        joined("conv1d.bias", "mamba_mixed", when=kind)
-        for kind in (_CONV_BIAS + ".joined", _CONV_BIAS)
+        joined("conv1d.bias", "mamba_mixed", when=kind) for kind in (bias + ".joined", bias)
     )
     return (
         rule("dt_bias", "mamba_heads"),
@@ -68,7 +75,8 @@ MIXER_KEYS: Mapping[str, Key] = {
 def known_rows(facts: Facts) -> str | None:
     """Check: the rows of in_proj and conv1d lie in an order that is known. Formats that keep what a
     rank holds have each rank's sections one after the other."""
-    if _BARE not in facts.kinds or facts.arg("tensor_model_parallel_size") == 1:
+    is_bare = any(map(_BARE.fullmatch, facts.kinds))
+    if not is_bare or facts.arg("tensor_model_parallel_size") == 1:
         return None
     return (
         "the rows of mixer.in_proj.weight lie in an order that nothing tells: each tensor-parallel "

@@ -11,6 +11,7 @@ from mcorefs.mapping.families.ernie4_5 import ERNIE4_5
 from mcorefs.mapping.families.ernie4_5_moe import ERNIE4_5_MOE
 from mcorefs.mapping.families.exaone4 import EXAONE4
 from mcorefs.mapping.families.exaone_moe import EXAONE_MOE
+from mcorefs.mapping.families.falcon_h1 import FALCON_H1
 from mcorefs.mapping.families.gemma import GEMMA
 from mcorefs.mapping.families.gemma2 import GEMMA2
 from mcorefs.mapping.families.gemma3_text import GEMMA3_TEXT
@@ -52,6 +53,7 @@ FAMILIES: tuple[Family, ...] = (
     ERNIE4_5_MOE,
     EXAONE4,
     EXAONE_MOE,
+    FALCON_H1,
     GEMMA,
     GEMMA2,
     GEMMA3_TEXT,

@@ -16,6 +16,7 @@ from .ernie4_5 import ERNIE4_5
 from .ernie4_5_moe import ERNIE4_5_MOE
 from .exaone4 import EXAONE4
 from .exaone_moe import EXAONE_MOE
+from .falcon_h1 import FALCON_H1
 from .gemma import GEMMA
 from .gemma2 import GEMMA2
 from .gemma3_text import GEMMA3_TEXT
@@ -60,6 +61,7 @@ FAMILIES: Mapping[str, Family] = {
     "ernie4_5_moe": ERNIE4_5_MOE,
     "exaone4": EXAONE4,
     "exaone_moe": EXAONE_MOE,
+    "falcon_h1": FALCON_H1,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3_TEXT,
