@@ -12,7 +12,9 @@ import pytest
 from mcorefs.errors import MappingError
 from mcorefs.mapping.choose import choose
 from mcorefs.mapping.facts import gather
-from mcorefs.mapping.reference import NO_REFERENCE
+from mcorefs.mapping.families.glm4_moe import GLM4_MOE
+from mcorefs.mapping.plan import plan
+from mcorefs.mapping.reference import NO_REFERENCE, Reference
 from mcorefs.model import Options, load
 from mcorefs.views import View
 from tests.test_plan import unread
@@ -74,3 +76,53 @@ def test_others_by_their_names(name: str, what: str) -> None:
     facts, _, _ = gather(tensors, {}, NO_REFERENCE)
     with pytest.raises(MappingError, match=f"it is {what}.*, which is not supported yet"):
         choose(tensors, facts, None, NO_REFERENCE)
+
+
+SLIDING = {"window_size": [512, 0], "num_attention_heads": 96, "num_query_groups": 8}
+
+
+@pytest.mark.parametrize(
+    ("args", "named", "reference", "hint"),
+    [
+        ({}, "step3p5", NO_REFERENCE, None),
+        ({}, None, Reference({"model_type": "step3p5"}, "--hf-config"), "glm4_moe"),
+        ({}, None, NO_REFERENCE, "step3p5"),
+        ({"head_wise_attn_gate": True}, None, NO_REFERENCE, None),
+        ({"sliding_attention_setting": SLIDING}, None, NO_REFERENCE, None),
+    ],
+)
+def test_a_step_3_5_is_refused_by_name(
+    args: Mapping[str, object], named: str | None, reference: Reference, hint: str | None
+) -> None:
+    tensors = step35(full=8, sliding=12)
+    facts, _, _ = gather(tensors, args, NO_REFERENCE)
+    with pytest.raises(MappingError, match=r"it is a step3p5, which is not supported yet: its lay"):
+        choose(tensors, facts, named, reference, hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head_wise_attn_gate", True),
+        ("sliding_attention_setting", SLIDING),
+        ("rotary_base_per_layer", [1e4, 5e6]),
+    ],
+)
+def test_no_other_family_takes_its_arguments(name: str, value: object) -> None:
+    tensors = step35(full=8, sliding=8)
+    args = {"num_attention_heads": 8, "kv_channels": 4, name: value}
+    facts, _, _ = gather(tensors, args, NO_REFERENCE)
+    problems = plan(GLM4_MOE, tensors, facts)[1]
+    assert any(f"{name}={value!r}, which Glm4MoeForCausalLM cannot" in p for p in problems)
+
+
+def step35(full: int, sliding: int) -> Mapping[str, View]:
+    """As Megatron-Bridge names them, two layers of which the second has a window and experts."""
+    tensors = {"embedding.word_embeddings.weight": unread((64, 16))}
+    for layer, heads in enumerate((full, sliding)):
+        at = f"decoder.layers.{layer}.self_attention."
+        tensors[at + "linear_qkv.weight"] = unread((heads * 4 + 2 * 2 * 4 + heads, 16))
+        tensors[at + "linear_proj.weight"] = unread((16, heads * 4))
+        tensors[at + "q_layernorm.weight"] = tensors[at + "k_layernorm.weight"] = unread((4,))
+    tensors["decoder.layers.1.mlp.router.weight"] = unread((4, 16))
+    return tensors

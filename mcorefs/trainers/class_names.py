@@ -53,6 +53,7 @@ _FAMILIES: Mapping[str, str] = {
     "Qwen35VLMoE": "qwen3_5_moe",
     "Qwen3VL": "qwen3_vl",
     "Qwen3VLMoE": "qwen3_vl_moe",
+    "Step35": "step3p5",
 }
 
 
