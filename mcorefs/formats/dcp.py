@@ -203,6 +203,9 @@ class StorageTable:
         self._ranges: dict[tuple[str, Shape | None], StorageInfo] = {}
         self._paths: dict[str, str] = {}
         self._ends: dict[str, int] = {}
+        self._taken: dict[tuple[str, int], tuple[str, Shape | None]] = {}
+        """Which chunk begins there: ranks write alike, and one read in the place of another would
+        look whole."""
         data = getattr(metadata, "storage_data", None)
         if not isinstance(data, dict):
             raise CheckpointError(f"{root}/.metadata has no storage_data: it is damaged")
@@ -238,6 +241,8 @@ class StorageTable:
             return "it is stored compressed (transform_descriptors), which cannot be read lazily"
         if start < 0 or nbytes <= 0:
             return f"its place on disk is impossible (offset {start}, length {nbytes})"
+        if self._taken.setdefault((name, start), (fqn, offset)) != (fqn, offset):
+            return f"its place on disk (byte {start} of {name!r:.80}) is that of another chunk"
         if name not in self._paths:
             if not is_file_name(name):
                 return f"its file name {name!r:.80} is not that of a file in the checkpoint"
