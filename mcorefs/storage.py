@@ -237,6 +237,12 @@ def read_file(path: Path, most: int) -> bytes:
     Raises OSError, also where it has more than `most` bytes, or is a FIFO or a device: whoever made
     the directory may have put anything there, and those are never read to their end.
     """
+    if is_url(str(path)):
+        with path.open("rb") as file:
+            data: bytes = file.read(most + 1)
+        if len(data) > most:
+            raise OSError(errno.EFBIG, f"it is larger than {most >> 20} MiB", str(path))
+        return data
     status = path.stat()
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

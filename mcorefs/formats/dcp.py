@@ -27,6 +27,7 @@ from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.pickle_machine import Without
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
+from mcorefs.remote import is_url
 from mcorefs.storage import FileIdentity, is_file_name, is_there, read_file, regular_file
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
@@ -172,7 +173,8 @@ def _is_needless(weights: WeightsFrom, fqn: str) -> bool:
 def read_metadata(path: Path, without: Without) -> Metadata:
     """The `.metadata` file at `path`, as data; of what `without` is true of, only the names."""
     try:
-        data = read_file(path, MAX_METADATA)
+        is_remote = is_url(str(path))  # which is fetched in many pieces at once, and has its limit
+        data = path.read_bytes() if is_remote else read_file(path, MAX_METADATA)
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
     found = loads(data, str(path), until=PLANS, without=without)

@@ -103,11 +103,11 @@ def find(
         raise CheckpointError(f"--tokenizer {given}: {found}")
     looked: dict[str, str] = {}
     unusable: list[str] = []
-    near = os.path.join(os.path.abspath(checkpoint.parent.parent), "")
+    near = os.path.join(os.path.abspath(str(checkpoint.parent.parent)), "")
     for place in _places(checkpoint, reference, args, beside):
         if str(place) not in looked:
             is_named = reference is not None and place == _directory(reference)
-            elsewhere = not os.path.abspath(place).startswith(near)
+            elsewhere = not os.path.abspath(str(place)).startswith(near)
             found = _open(place, args, is_named=is_named or elsewhere)
             if isinstance(found, Tokenizer):
                 return replace(found, remarks=(*unusable, *found.remarks))
