@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -209,3 +213,60 @@ def test_disk_full_then_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_piece_is_small() -> None:
     assert PIECE <= 16 << 20  # per thread: what bounds the memory
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
+    """A real checkpoint, several threads, the command line; killed again and again, at moments that
+    nobody chose: it never looks complete before it is, and goes on to the end."""
+    fixture = ensure(["qwen3_moe-tp2-pp2-ep2"])["qwen3_moe-tp2-pp2-ep2"]
+    expected = {file.name: file.read_bytes() for file in fixture.hf.glob("*.safetensors*")}
+    out, rng = tmp_path / "out", random.Random(20)
+    command = ["materialize", str(fixture.root), str(out), "--threads", "4"]
+    command += ["--vocab-size", str(fixture.spec.vocab_size)]
+    command += ["--shard-size", fixture.spec.hf_max_shard_size or "50GB"]
+    kills = 0
+    for attempt in range(20):
+        before = written(out)
+        child = subprocess.Popen(
+            [sys.executable, "-c", SLOWLY, *command], stdout=subprocess.DEVNULL
+        )
+        while child.poll() is None and written(out) == before:
+            time.sleep(0.005)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(0.3 * rng.random())
+        if attempt < 5:
+            child.kill()
+        kills += child.wait() == -signal.SIGKILL
+        for name, data in expected.items():
+            if (out / name).exists():
+                assert (out / name).read_bytes() == data, (attempt, name)
+        if (out / "config.json").exists():
+            assert all((out / name).exists() for name in expected)
+        if (out / "config.json").exists() and not (out / PARTIAL).exists():
+            break  # whole, even if it was killed on its way out
+    assert kills >= 3
+    assert not (out / PARTIAL).exists()
+    assert {p.name: p.read_bytes() for p in out.glob("*.safetensors*")} == expected
+
+
+def written(out: Path) -> set[tuple[str, int]]:
+    """How far a materialization came."""
+    found = set()
+    for path in out.rglob("*"):
+        with suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+SLOWLY = """
+import os, time
+from mcorefs.cli import main
+from mcorefs.materialize import writing
+writing.PIECE, writing.SYNC_EVERY = 1 << 12, 1 << 14
+real = os.pwrite
+def pwrite(*given):
+    time.sleep(0.01)
+    return real(*given)
+os.pwrite = pwrite
+main()
+"""
