@@ -30,6 +30,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from mcorefs.errors import CheckpointError
 from mcorefs.index import StoredTensor
 from mcorefs.names import expert_of, is_of_adapter, of_base, of_mtp, unwrapped
 from mcorefs.views import Cat, Flatten, Permute, Select, Stored, Unflatten, View
@@ -44,6 +45,8 @@ LAYER_STACKS = (
 NOT_WEIGHTS = re.compile(r"(^|\.)(local_tokens_per_expert|global_tokens_per_expert|ga_steps)$")
 """Router counters (megatron/core/transformer/moe/router.py): training state, never a weight."""
 
+MAX_TENSORS = 1 << 19
+"""Of one model: the largest have a hundred thousand."""
 _EXPERTS = ".mlp.experts.experts."
 _SECTIONS = {
     "self_attention.in_proj": ("query", "key", "value", "z", "beta", "alpha"),
@@ -92,9 +95,9 @@ def build(
     problems: list[str] = []
     base, adapter = _split(stored)
     layers = _by_layer(base, fc1_ranks or {})
-    experts = _joined_halves(_by_expert(layers), problems)
+    experts = _joined_halves(_counted(_by_expert(layers)), problems)
     tensors = _unique(_joined_sections(experts, problems), problems)
-    added = _unique(_by_expert(_by_layer(adapter, {})), problems)
+    added = _unique(_counted(_by_expert(_by_layer(adapter, {}))), problems)
     return Catalog(tensors, tuple(problems), added)
 
 
@@ -110,6 +113,18 @@ def _split(stored: Mapping[str, StoredTensor]) -> tuple[Named, Named]:
         elif not NOT_WEIGHTS.search(name):
             base.append((of_base(name), tensor))
     return base, adapter
+
+
+def _counted(tensors: Iterator[tuple[str, View]]) -> Iterator[tuple[str, View]]:
+    """All of them, if they are as many as a model can have: an axis of layers or experts may be of
+    any length where there are no elements. Raises CheckpointError."""
+    for count, item in enumerate(tensors):
+        if count == MAX_TENSORS:
+            raise CheckpointError(
+                f"its layers and experts make more than {MAX_TENSORS} tensors, which no model has "
+                f"({item[0]:.200} is one): it is damaged"
+            )
+        yield item
 
 
 def _unique(named: Iterator[tuple[str, View]], problems: list[str]) -> dict[str, View]:

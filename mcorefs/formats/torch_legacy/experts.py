@@ -19,6 +19,8 @@ from mcorefs.formats.torch_legacy import delta_net, mamba
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 from mcorefs.names import Expert, expert_of
 
+MAX_EXPERTS = 1 << 16
+"""On one rank; a stride of zero makes any number of one."""
 _STACKED = re.compile(r"(.+\.experts)\.(linear_fc[12]\.(?:weight|bias))$")
 _TRANSPOSED = re.compile(r"(.+\.experts)\.weight([12])$")
 
@@ -36,7 +38,7 @@ def experts_of(
     for name, part in parts.items():
         if (expert := expert_of(name)) is not None:
             experts[expert] = part
-        elif (match := _STACKED.match(name)) and part.shape:
+        elif (match := _STACKED.match(name)) and part.shape and part.shape[0] <= MAX_EXPERTS:
             for number in range(part.shape[0]):
                 experts[match[1], number, match[2]] = part.select(number)
         elif match := _TRANSPOSED.match(name):
@@ -57,7 +59,7 @@ def experts_of(
 
 def _untransposed(which: str, part: Part, count: int) -> Part | None:
     """GroupedMLP's weight1 or weight2 as [experts, out, in], the order of every other layout."""
-    if len(part.shape) != 2 or not part.is_row_major or count == 0:
+    if len(part.shape) != 2 or not part.is_row_major or not 0 < count <= MAX_EXPERTS:
         return None
     hidden, stacked = part.shape if which == "1" else part.shape[::-1]
     if stacked % count:
