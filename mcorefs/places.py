@@ -24,7 +24,7 @@ from mcorefs.opcodes import (
     TUPLE,
     integer,
 )
-from mcorefs.pickle_machine import SKIPPED, SPENT, Without
+from mcorefs.pickle_objects import SKIPPED, SPENT, Without
 from mcorefs.records import Filled, MetadataIndex, RecordClass, StorageInfo, is_whole, string
 
 

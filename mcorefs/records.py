@@ -24,7 +24,7 @@ from mcorefs.opcodes import (
     TUPLE,
     integers,
 )
-from mcorefs.pickle_machine import SKIPPED, SPENT, Built, Name, PickleError, Without, recalled
+from mcorefs.pickle_objects import SKIPPED, SPENT, Built, Name, PickleError, Without, recalled
 
 
 class Record(Built):

@@ -17,7 +17,8 @@ from mcorefs.boxes import Shape
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError
 from mcorefs.memory import gc_paused
-from mcorefs.pickle_machine import Built, Name, PickleError, SkippedError, Without, run
+from mcorefs.pickle_machine import run
+from mcorefs.pickle_objects import Built, Name, PickleError, SkippedError, Without
 from mcorefs.places import IndexClass, InfoClass
 from mcorefs.records import (
     ChunkClass,

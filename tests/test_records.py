@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.dcp import read_directory
-from mcorefs.pickle_machine import SKIPPED, Built, Name
+from mcorefs.pickle_objects import SKIPPED, Built, Name
 from mcorefs.places import IndexClass, InfoClass
 from mcorefs.records import (
     ChunkClass,

@@ -25,7 +25,7 @@ from mcorefs.errors import CheckpointError, NoWeightsError
 from mcorefs.formats.base import WeightsFrom, reading, training_args
 from mcorefs.formats.main_params import Choice, Described, choose, model_name
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
-from mcorefs.pickle_machine import Without
+from mcorefs.pickle_objects import Without
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
 from mcorefs.remote import is_url
 from mcorefs.storage import FileIdentity, is_file_name, is_there, read_file, regular_file
