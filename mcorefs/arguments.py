@@ -152,6 +152,16 @@ AllIterations = Annotated[
         "they appear when their save is complete and go when they are deleted.",
     ),
 ]
+ReadAhead = Annotated[
+    int | None,
+    typer.Option(
+        "--read-ahead",
+        metavar="SIZE",
+        parser=_bytes,
+        help="How far the kernel reads ahead on this mount, where root mounts it; default 4MiB. "
+        "Less suits many nodes that each read small parts of all tensors.",
+    ),
+]
 ReadTimeout = Annotated[
     float,
     typer.Option(

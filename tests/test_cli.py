@@ -118,6 +118,16 @@ def test_what_cannot_be_prefetched_is_said(
     mcorefs("umount", mnt)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the kernel lets only root change it")
+def test_read_ahead(fixtures: dict[str, Fixture], mnt: Path) -> None:
+    for option, kib in ((), "4096"), (("--read-ahead", "256KiB"), "256"):
+        mcorefs("mount", fixtures[MOE].root, mnt, "--vocab-size", 301, *option)
+        device = mnt.stat().st_dev
+        queue = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+        assert queue.read_text().strip() == kib
+        mcorefs("umount", mnt)
+
+
 def mcorefs_materialized(fixture: Fixture, tmp_path: Path) -> Path:
     out = tmp_path / "materialized"
     said = mcorefs("materialize", fixture.root, out, "--vocab-size", 301)

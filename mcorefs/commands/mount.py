@@ -24,6 +24,7 @@ from mcorefs.arguments import (
     HfConfig,
     Iteration,
     MaxReadRate,
+    ReadAhead,
     ReadTimeout,
     RequireTokenizer,
     ShardSize,
@@ -104,6 +105,7 @@ def mount(
     ] = "mcorefs",
     max_read_rate: MaxReadRate = None,
     read_timeout: ReadTimeout = 30.0,
+    read_ahead: ReadAhead = None,
     prefetch: Annotated[
         bool,
         typer.Option(
@@ -118,7 +120,7 @@ def mount(
     Everything that is wrong with the checkpoint is reported at once, before anything is mounted.
     """
     from mcorefs.memory import gc_paused
-    from mcorefs.mount import MountOptions, check_place, descriptor_in, serve
+    from mcorefs.mount import READ_AHEAD_KIB, MountOptions, check_place, descriptor_in, serve
     from mcorefs.tree import open_tree
 
     started = time.monotonic()
@@ -132,6 +134,7 @@ def mount(
         foreground=foreground,
         log_file=log_file,
         fuse_fd=fuse_fd,
+        read_ahead_kib=READ_AHEAD_KIB if read_ahead is None else read_ahead >> 10,
     )
     check_place(mnt, mount_options)
     options = to_options(

@@ -13,6 +13,9 @@ from mcorefs.errors import MountError
 _FSNAME = re.compile(r"[A-Za-z0-9._:/@+=-]{1,64}")
 
 
+READ_AHEAD_KIB = 4096
+
+
 def _threads() -> int:
     """Two for each processor, so that one can wait for storage while another copies. More only
     take turns at the interpreter lock: 16 on two processors read a fifth slower than 4."""
@@ -40,7 +43,7 @@ class MountOptions:
     access are then told by them what else is chosen here."""
     auto_unmount: bool = True
     """Have fusermount remove the mount if the daemon dies."""
-    read_ahead_kib: int = 4096
+    read_ahead_kib: int = READ_AHEAD_KIB
     """Kernel read-ahead on this mount; needs root, and is left at the kernel's default without."""
     threads: int = field(default_factory=_threads)
     """Reads computed at once."""
