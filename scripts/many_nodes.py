@@ -15,8 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from scripts.shared_storage import Storage
@@ -67,7 +68,11 @@ def main() -> None:
     rate = options.rate * 1e6
     print(f"{size / 1e6:.0f} MB of weights, {options.nodes} nodes, {options.rate:.0f} MB/s for all")
     storage = Storage(made, rate)
-    ways = {"a mount on each node": by_mount, "materialize once": by_files}
+    ways: dict[str, Callable[[list[Path], int], None]] = {
+        "a mount on each node": by_mount,
+        "mount --read-ahead 256KiB": partial(by_mount, mount_options=("--read-ahead", "256KiB")),
+        "materialize once": by_files,
+    }
     for way, go in ways.items():
         for what, ranks in (("its share", options.nodes), ("all of it", 1)):
             with nodes_of(storage, options.nodes) as nodes:
@@ -92,14 +97,14 @@ def nodes_of(storage: Storage, count: int) -> Iterator[list[Path]]:
         yield nodes
 
 
-def by_mount(nodes: list[Path], ranks: int) -> None:
+def by_mount(nodes: list[Path], ranks: int, mount_options: Iterable[str] = ()) -> None:
     """A mount on each node; each loads the share of one of so many ranks."""
     with ExitStack() as mounts:
         starting = []
         for node in nodes:
             node.joinpath("hf").mkdir()
             command = [*MCOREFS, "mount", str(node / "storage" / "root"), str(node / "hf")]
-            command += ["--tokenizer", str(node / "storage" / "tokenizer")]
+            command += ["--tokenizer", str(node / "storage" / "tokenizer"), *mount_options]
             starting.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL))
             mounts.callback(subprocess.run, [*MCOREFS, "umount", str(node / "hf")], cwd=ROOT)
         finish(starting)

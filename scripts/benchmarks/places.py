@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,9 +245,13 @@ def child(*command: str | Path, timeout: float = 300) -> tuple[float, float, str
     started = time.perf_counter()
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    deadline = time.monotonic() + timeout
+    deadline, peak = time.monotonic() + timeout, 0.0
     while True:
-        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        # Not ru_maxrss: before it becomes another program, a child has the memory of this one.
+        with suppress(OSError, IndexError):
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            peak = int(text.split("VmHWM:")[1].split()[0]) / 1024
+        pid, status, _ = os.wait4(process.pid, os.WNOHANG)
         if pid:
             break
         if time.monotonic() > deadline:
@@ -259,4 +263,4 @@ def child(*command: str | Path, timeout: float = 300) -> tuple[float, float, str
     process.stdout.close()
     if process.returncode:
         raise RuntimeError(f"{command} ended with {process.returncode}")
-    return seconds, usage.ru_maxrss / 1024, text
+    return seconds, peak, text
