@@ -51,10 +51,8 @@ _EXPERTS = ".mlp.experts.experts."
 _SECTIONS = {
     "self_attention.in_proj": ("query", "key", "value", "z", "beta", "alpha"),
     "self_attention.conv1d": ("query", "key", "value"),
-    "mixer.in_proj": ("z", "x", "B", "C", "dt"),
-    "mixer.conv1d": ("x", "B", "C"),
-    "mamba_mixer.in_proj": ("z", "x", "B", "C", "dt"),
-    "mamba_mixer.conv1d": ("x", "B", "C"),
+    **dict.fromkeys(("mixer.in_proj", "mamba_mixer.in_proj"), ("z", "x", "B", "C", "dt")),
+    **dict.fromkeys(("mixer.conv1d", "mamba_mixer.conv1d"), ("x", "B", "C")),
 }
 _SECTION = re.compile(
     rf"(.*\.({'|'.join(map(re.escape, _SECTIONS))})\.(?:weight|bias))"

@@ -7,9 +7,9 @@ Each tensor-parallel rank has its share of the rows of each part, one part after
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
-from mcorefs.formats.torch_legacy.tensor_parallel import Part
+from mcorefs.formats.torch_legacy.tensor_parallel import Part, divide
 
 _A_LOG = ".self_attention.A_log"
 
@@ -20,24 +20,20 @@ def divided(parts: Mapping[str, Part], problems: list[str]) -> dict[str, Part]:
     for name in parts:
         if name.endswith(_A_LOG):
             module = name.removesuffix(".A_log")
-            for whole, sections in _sections(module, parts, problems):
-                at, part = 0, found.pop(whole)
-                for section, rows in sections.items():
-                    found[f"{whole}.{section}"] = part.narrow(0, at, rows)
-                    at += rows
+            divide(found, _sections(module, parts, problems))
     return found
 
 
 def _sections(
     module: str, parts: Mapping[str, Part], problems: list[str]
-) -> Iterator[tuple[str, dict[str, int]]]:
-    """(name, rows of each section) of what is to be divided.
+) -> dict[str, dict[str, int]]:
+    """Rows of each section of what is to be divided, by its name.
 
     Rows of values are the columns of out_proj, and there is one of beta and alpha per value head.
     """
     names = [f"{module}.{name}.weight" for name in ("in_proj", "conv1d", "out_proj")]
     if not all(name in parts and len(parts[name].shape) > 1 for name in names):
-        return  # not megatron-core's module
+        return {}  # not megatron-core's module
     (rows, *_), (mixed, *_), (_, values, *_) = (parts[name].shape for name in names)
     heads = parts[module + ".A_log"].shape[0] if parts[module + ".A_log"].shape else 0
     keys, rest = divmod(mixed - values, 2)
@@ -46,7 +42,6 @@ def _sections(
             f"{names[0]} has {rows} rows on a rank and {names[1]} {mixed}, which {values} columns "
             f"of out_proj and {heads} value heads do not explain"
         )
-        return
+        return {}
     mixer = {"query": keys, "key": keys, "value": values}
-    yield names[0], {**mixer, "z": values, "beta": heads, "alpha": heads}
-    yield names[1], mixer
+    return {names[0]: {**mixer, "z": values, "beta": heads, "alpha": heads}, names[1]: mixer}

@@ -70,6 +70,16 @@ class Part:
         return Chunk(Box(offsets, self.shape), span)
 
 
+def divide(parts: dict[str, Part], sections: Mapping[str, Mapping[str, int]]) -> None:
+    """Put in the place of each of `parts` that `sections` names its sections, one above the other,
+    which have so many rows."""
+    for whole, sizes in sections.items():
+        at, part = 0, parts.pop(whole)
+        for section, size in sizes.items():
+            parts[f"{whole}.{section}"] = part.narrow(0, at, size)
+            at += size
+
+
 _CUTS = {
     "word_embeddings.weight": Cut.ROWS,
     "position_embeddings.weight": Cut.WHOLE,

@@ -90,9 +90,10 @@ def _merger(at: str, megatron: str, norm: str) -> Iterator[Rule]:
             )
 
 
-_PATCHES = ("vision_hidden", "vision_channels", "vision_frames", "vision_patch", "vision_patch")
+PATCHES = ("vision_hidden", "vision_channels", "vision_frames", "vision_patch", "vision_patch")
+"""The shape of what makes a vector of a patch."""
 VISION_RULES = (
-    Rule(_HF + "patch_embed.proj.weight", VISION + "patch_embed.proj.weight", _PATCHES),
+    Rule(_HF + "patch_embed.proj.weight", VISION + "patch_embed.proj.weight", PATCHES),
     Rule(_HF + "patch_embed.proj.bias", VISION + "patch_embed.proj.bias", ("vision_hidden",)),
     Rule(
         _HF + "pos_embed.weight",

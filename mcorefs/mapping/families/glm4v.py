@@ -15,6 +15,7 @@ from dataclasses import replace
 from mcorefs.mapping.blocks.attention import QK_NORM_WEIGHT, QKV_BIAS
 from mcorefs.mapping.blocks.keys import MODEL_KEYS, arg, dim, holds
 from mcorefs.mapping.blocks.vision import (
+    PATCHES,
     VISION_KEYS,
     fills_hidden,
     in_language_model,
@@ -30,13 +31,7 @@ _BLOCK = "blocks.{layer}."
 _QKV_BIAS = VISION + "blocks.*.attn.qkv.bias"
 _SHAPES: dict[str, tuple[str, ...]] = {
     "embeddings.position_embedding.weight": ("vision_positions", "vision_hidden"),
-    "patch_embed.proj.weight": (
-        "vision_hidden",
-        "vision_channels",
-        "vision_frames",
-        "vision_patch",
-        "vision_patch",
-    ),
+    "patch_embed.proj.weight": PATCHES,
     "patch_embed.proj.bias": ("vision_hidden",),
     _BLOCK + "norm1.weight": ("vision_hidden",),
     _BLOCK + "norm2.weight": ("vision_hidden",),

@@ -8,19 +8,20 @@ names of the hub: no prefix before the language model's.
 from __future__ import annotations
 
 from mcorefs.mapping.blocks.keys import arg, decoder_requires
-from mcorefs.mapping.blocks.vision import TOP_KEYS, VISION_KEYS, fills_hidden, of_module, only
+from mcorefs.mapping.blocks.vision import (
+    PATCHES,
+    TOP_KEYS,
+    VISION_KEYS,
+    fills_hidden,
+    of_module,
+    only,
+)
 from mcorefs.mapping.families.qwen2 import QWEN2
 from mcorefs.mapping.family import Key, Section
 
 _BLOCK = "blocks.{layer}."
 _SHAPES: dict[str, tuple[str, ...]] = {
-    "patch_embed.proj.weight": (
-        "vision_hidden",
-        "vision_channels",
-        "vision_frames",
-        "vision_patch",
-        "vision_patch",
-    ),
+    "patch_embed.proj.weight": PATCHES,
     _BLOCK + "norm1.weight": ("vision_hidden",),
     _BLOCK + "norm2.weight": ("vision_hidden",),
     _BLOCK + "attn.qkv.weight": ("vision_qkv", "vision_hidden"),
