@@ -79,6 +79,12 @@ class Passthrough:
             time.sleep(0.01)
 
 
+def lift(orders: Path) -> None:
+    """From now on nothing fails."""
+    for order in orders.iterdir():
+        order.unlink()
+
+
 @contextmanager
 def faulty(source: Path, place: Path) -> Iterator[tuple[Path, Path]]:
     """(`source` as this file system shows it, the directory of orders), both in `place`."""
@@ -95,8 +101,7 @@ def faulty(source: Path, place: Path) -> Iterator[tuple[Path, Path]]:
             time.sleep(0.02)
         yield shown, orders
     finally:
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         server.kill()
         server.wait()
         subprocess.run(["umount", "-l", str(shown)], check=False)

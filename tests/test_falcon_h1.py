@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from tests.checkpoints import Fixture, ensure
 from tests.checkpoints.families.falcon_h1 import MULTIPLIERS
 from tests.edited import with_args
 from tests.recordings import assert_same_bytes, differences
+from tests.test_config import reference, refusal
 from tests.test_megatron_bridge import changed, saved
 from tests.test_nemotron_h import RANK
 from tests.test_plan import unread
@@ -42,24 +43,9 @@ def tensors(fixtures: Mapping[str, Fixture]) -> dict[str, View]:
     return dict(catalog.build(TorchDist().index(fixtures[NORM].iteration).tensors).tensors)
 
 
-def refusal(call: Callable[[], object]) -> tuple[str, ...]:
-    with pytest.raises(MappingError) as caught:
-        call()
-    return caught.value.problems
-
-
 def problems_of(tensors: Mapping[str, View], **args: object) -> list[str]:
     facts, _, problems = gather(tensors, {**ARGS, **args}, NO_REFERENCE, 301)
     return [*problems, *plan(FALCON_H1, tensors, facts)[1]]
-
-
-def reference(fixture: Fixture, directory: Path, **changes: object) -> Path:
-    """A directory with the oracle's config.json changed; ... takes a key away."""
-    config = {**json.loads((fixture.hf / "config.json").read_bytes()), **changes}
-    directory.mkdir(exist_ok=True)
-    kept = {name: value for name, value in config.items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(kept))
-    return directory
 
 
 def with_reference(fixture: Fixture, directory: Path, **changes: object) -> Model:

@@ -37,7 +37,7 @@ from mcorefs.mount import (
 )
 from mcorefs.tree import open_tree
 from tests.checkpoints import Fixture, ensure
-from tests.faulty_fs import faulty
+from tests.faulty_fs import faulty, lift
 
 NAME = "qwen3_moe-tp2-pp2-ep2"
 TIMEOUT = 1.0
@@ -151,8 +151,7 @@ def test_errors_that_stay_are_eio(
             (orders / f"errno-{shard.name}").write_text(f"{errno.EIO} 1000")
         assert read(mount.mnt / WEIGHTS) == errno.EIO
         assert all("Input/output error" in line for line in mount.faults())
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         assert read(mount.mnt / WEIGHTS) == expected[WEIGHTS]  # no error is remembered
 
 
@@ -183,8 +182,7 @@ def test_storage_that_does_not_answer(
         again = time.monotonic()
         assert read(mount.mnt / WEIGHTS) == errno.EIO
         assert time.monotonic() - again < 2.5  # what hangs is not waited for once more
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         time.sleep(0.5)
         assert read(mount.mnt / WEIGHTS) == expected[WEIGHTS]
 
@@ -199,8 +197,7 @@ def test_a_shard_that_cannot_be_opened_in_time(
         for shard in mount.shards():
             (orders / f"stall-open-{shard.name}").touch()
         assert read(mount.mnt / WEIGHTS) == errno.EIO
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         time.sleep(0.5)
         assert read(mount.mnt / WEIGHTS) == expected[WEIGHTS]
 
@@ -217,8 +214,7 @@ def test_a_shard_that_may_not_be_read_any_more(
             (orders / f"errno-open-{shard.name}").write_text(f"{errno.EACCES} 1000")
         assert read(mount.mnt / WEIGHTS) == errno.EIO
         assert all("cannot be opened: [Errno 13] Permission" in line for line in mount.faults())
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         assert read(mount.mnt / WEIGHTS) == expected[WEIGHTS]
 
 
@@ -250,8 +246,7 @@ def test_a_signal_while_storage_does_not_answer(
         assert reader.returncode == 1, said
         assert b"Input/output" in said or b"not connected" in said or b"abort" in said, said
         wait_until(lambda: mounted(place / "mnt") is None, "the mount is gone")
-        for order in orders.iterdir():
-            order.unlink()
+        lift(orders)
         wait_until(lambda: not Path(f"/proc/{server}").exists(), "the daemon ended")
         with served(shown, fixture, place) as mount:
             assert isinstance(read(mount.mnt / WEIGHTS), bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from mcorefs import catalog
 from mcorefs.boxes import Shape, row_major_strides
 from mcorefs.dtypes import BF16
-from mcorefs.errors import MappingError
 from mcorefs.files import read_all
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.formats.torch_legacy.delta_net import divided
@@ -30,6 +29,7 @@ from mcorefs.tree import build
 from mcorefs.views import View
 from tests.checkpoints import Fixture, ensure
 from tests.edited import State, saved_anew, with_args
+from tests.test_config import refusal
 
 KEY_HEADS = 2
 IN_PROJ = ("query", "key", "value", "z", "beta", "alpha")
@@ -46,12 +46,6 @@ def fixtures() -> Mapping[str, Fixture]:
 def canonical(fixture: Fixture) -> tuple[dict[str, View], tuple[str, ...]]:
     built = catalog.build(TorchDist().index(fixture.iteration).tensors)
     return dict(built.tensors), built.problems
-
-
-def refusal(call: Callable[[], object]) -> tuple[str, ...]:
-    with pytest.raises(MappingError) as caught:
-        call()
-    return caught.value.problems
 
 
 # -- sections -------------------------------------------------------------------------------------

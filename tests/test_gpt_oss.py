@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from mcorefs import catalog
-from mcorefs.errors import MappingError
 from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.families.gpt_oss import GPT_OSS
@@ -21,6 +20,7 @@ from mcorefs.trainers.transformer_config import arguments
 from mcorefs.views import View
 from tests.checkpoints import Fixture, ensure
 from tests.edited import with_args
+from tests.test_config import refusal
 
 EXPERT_5 = "decoder.layers.2.mlp.experts.5."
 
@@ -38,12 +38,6 @@ def tensors(fixture: Fixture) -> dict[str, View]:
 def problems_of(tensors: Mapping[str, View]) -> list[str]:
     facts, _, problems = gather(tensors, {"num_attention_heads": 8}, NO_REFERENCE, 301)
     return [*problems, *plan(GPT_OSS, tensors, facts)[1]]
-
-
-def refusal(call: Callable[[], object]) -> tuple[str, ...]:
-    with pytest.raises(MappingError) as caught:
-        call()
-    return caught.value.problems
 
 
 def config(fixture: Fixture, directory: Path, **changes: object) -> Mapping[str, object]:

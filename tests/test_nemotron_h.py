@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from mcorefs.views import View
 from tests.checkpoints import Fixture, ensure
 from tests.edited import with_args
 from tests.recordings import assert_same_bytes, differences
+from tests.test_config import reference, refusal
 from tests.test_megatron_bridge import changed, saved
 from tests.test_plan import unread
 
@@ -49,12 +49,6 @@ def tensors(fixtures: Mapping[str, Fixture]) -> dict[str, View]:
 @pytest.fixture
 def experts(fixtures: Mapping[str, Fixture]) -> dict[str, View]:
     return dict(catalog.build(TorchDist().index(fixtures[LATENT].iteration).tensors).tensors)
-
-
-def refusal(call: Callable[[], object]) -> tuple[str, ...]:
-    with pytest.raises(MappingError) as caught:
-        call()
-    return caught.value.problems
 
 
 def problems_of(tensors: Mapping[str, View], **args: object) -> list[str]:
@@ -297,11 +291,8 @@ def test_a_tied_output_layer_is_served_as_a_copy(tensors: dict[str, View]) -> No
 
 def with_reference(fixture: Fixture, directory: Path, **changes: object) -> Model:
     """The model with the config of the oracle, changed, as a reference; ... takes a key away."""
-    config = {**json.loads((fixture.hf / "config.json").read_bytes()), **changes}
-    directory.mkdir(exist_ok=True)
-    kept = {name: value for name, value in config.items() if value is not ...}
-    (directory / "config.json").write_text(json.dumps(kept))
-    return load(fixture.root, Options(hf_config=directory, vocab_size=307))
+    given = reference(fixture, directory, **changes)
+    return load(fixture.root, Options(hf_config=given, vocab_size=307))
 
 
 def test_a_model_without_experts_has_no_keys_of_theirs(fixtures: Mapping[str, Fixture]) -> None:
