@@ -20,16 +20,9 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
+from scripts.benchmarks.places import MCOREFS, ROOT, place
 from scripts.shared_storage import Storage
 
-ROOT = Path(__file__).resolve().parents[1]
-MCOREFS = [sys.executable, "-m", "mcorefs"]
-SPEC = (
-    '{"layers": 4, "hidden": 2048, "heads": 32, "kv_heads": 4, "head_dim": 128, "experts": 16,'
-    ' "topk": 4, "moe_ffn": 768, "ffn": 6144, "vocab_size": 16000, "vocab_size_in_args": true,'
-    ' "hf_max_shard_size": null}'
-)
-"""A Qwen3-30B-A3B with fewer layers and experts."""
 LOAD = """
 import re, sys
 from pathlib import Path
@@ -54,20 +47,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=200, help="MB a second, for all nodes")
     parser.add_argument("--dir", type=Path, default=Path.home() / ".cache" / "mcorefs-bench")
     options = parser.parse_args()
-    made = options.dir / "shared"
-    if not made.exists():
-        options.dir.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tests.checkpoints", "qwen3_moe-tp2-pp2-ep2"]
-        subprocess.run(
-            [*command, "--out", str(made), "--spec", SPEC],
-            check=True,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-        )
-    size = sum(file.stat().st_size for file in made.joinpath("hf").glob("*.safetensors"))
+    shared = place(options.dir, "shared")
+    size = shared.nbytes
     rate = options.rate * 1e6
     print(f"{size / 1e6:.0f} MB of weights, {options.nodes} nodes, {options.rate:.0f} MB/s for all")
-    storage = Storage(made, rate)
+    storage = Storage(shared.real.parent, rate)
     ways: dict[str, Callable[[list[Path], int], None]] = {
         "a mount on each node": by_mount,
         "mount --read-ahead 256KiB": partial(by_mount, mount_options=("--read-ahead", "256KiB")),

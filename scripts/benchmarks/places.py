@@ -34,6 +34,7 @@ _MOE: dict[str, object] = {
     "vocab_size_in_args": True,
     "hf_max_shard_size": None,
 }
+_SHARED: dict[str, object] = {"layers": 4, "experts": 16, "topk": 4, "vocab_size": 16_000}
 _TRANSPOSED: dict[str, object] = {
     "layers": 4,
     "hidden": 1440,
@@ -48,11 +49,13 @@ _TRANSPOSED: dict[str, object] = {
 SPECS: dict[str, tuple[str, dict[str, object]]] = {
     "moe": ("qwen3_moe-tp2-pp2-ep2", _MOE),
     "moe-small": ("qwen3_moe-tp2-pp2-ep2", _MOE | {"layers": 4, "experts": 8, "vocab_size": 8000}),
+    "shared": ("qwen3_moe-tp2-pp2-ep2", _MOE | _SHARED),
     "transposed": ("gpt_oss-tp2-ep2", _TRANSPOSED),
     "transposed-small": ("gpt_oss-tp2-ep2", _TRANSPOSED | {"experts": 4}),
 }
 """moe: a Qwen3-30B-A3B with fewer layers and experts (full: 1.5 billion parameters, 3.0 GB).
-transposed: a gpt-oss of half its width, whose experts lie transposed (full: 0.4 GB)."""
+shared: one of 0.9 GB. transposed: a gpt-oss of half its width, whose experts lie transposed (full:
+0.4 GB)."""
 
 
 @dataclass(frozen=True)
