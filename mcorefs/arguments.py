@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -201,40 +205,69 @@ Address = Annotated[
 ]
 
 
-def to_options(
-    iteration: int | None,
-    family: str | None,
-    hf_config: Path | None,
-    tokenizer: Path | None,
-    require_tokenizer: bool,
-    vocab_size: int | None,
-    dtype: str | None,
-    weights: str,
-    format_name: str | None,
-    adapter: str | None,
-    task: str | None,
-    mtp: bool,
-) -> Options:
-    path, scale = (None, None) if adapter is None else _adapter(adapter)
-    return Options(
-        iteration=iteration,
-        format=format_name,
-        family=family,
-        task=task,
-        hf_config=hf_config,
-        tokenizer=tokenizer,
-        require_tokenizer=require_tokenizer,
-        vocab_size=vocab_size,
-        dtype=dtype,
-        weights=weights,
-        adapter=path,
-        adapter_scale=scale,
-        mtp=mtp,
-    )
+_OF_OPTIONS: Mapping[str, tuple[object, object]] = {
+    "iteration": (Iteration, None),
+    "format": (FormatName, None),
+    "family": (FamilyName, None),
+    "task": (TaskName, None),
+    "hf_config": (HfConfig, None),
+    "tokenizer": (TokenizerPath, None),
+    "require_tokenizer": (RequireTokenizer, False),
+    "vocab_size": (VocabSize, None),
+    "dtype": (Dtype, None),
+    "weights": (WhichWeights, "model"),
+    "adapter": (Adapter, None),
+    "mtp": (WithMtp, True),
+    "shard_size": (ShardSize, "50GB"),
+    "cache_bytes": (CacheSize, None),
+    "max_read_rate": (MaxReadRate, None),
+    "read_timeout": (ReadTimeout, 30.0),
+}
+"""What the command line says of each field of `Options`, and the default there."""
+CHOICES = (
+    "iteration", "format", "family", "task", "hf_config", "vocab_size", "weights", "adapter", "mtp",
+)  # fmt: skip
+"""Fields of `Options` that decide what a checkpoint is; every command takes them."""
 
 
-def _adapter(text: str) -> tuple[Path, float | None]:
-    try:
-        return parse_adapter(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--adapter") from None
+def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command that has a parameter `options: Options`: its place on the command line is
+    taken by an option for each of these fields."""
+    names = tuple(sorted(names, key=list(_OF_OPTIONS).index))
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters: list[inspect.Parameter] = []
+        for parameter in signature.parameters.values():
+            if parameter.name == "options":
+                parameters += (_parameter(name) for name in names)
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+        @functools.wraps(command)
+        def taking(**given: object) -> None:
+            chosen = {name: given.pop(name) for name in names}
+            command(options=_options(chosen), **given)
+
+        taking.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        taking.__annotations__ = {each.name: each.annotation for each in parameters}
+        return taking
+
+    return decorate
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    annotation, default = _OF_OPTIONS[name]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+
+
+def _options(chosen: Mapping[str, object]) -> Options:
+    fields = dict(chosen)
+    adapter = fields.get("adapter")
+    if isinstance(adapter, str):
+        try:
+            fields["adapter"], fields["adapter_scale"] = parse_adapter(adapter)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--adapter") from None
+    return replace(Options(), **fields)  # type: ignore[arg-type]

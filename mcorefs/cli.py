@@ -5,38 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcorefs import wording
-from mcorefs.arguments import (
-    Adapter,
-    Address,
-    Ckpt,
-    Dtype,
-    Executor,
-    FamilyName,
-    Finish,
-    FormatName,
-    HfConfig,
-    Iteration,
-    MaxReadRate,
-    Part,
-    RequireTokenizer,
-    ShardSize,
-    TaskName,
-    TokenizerPath,
-    VocabSize,
-    WhichWeights,
-    WithMtp,
-    to_options,
-)
+from mcorefs.arguments import CHOICES, Address, Ckpt, Executor, Finish, Part, with_options
 from mcorefs.commands import mount, status, umount
 from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
+from mcorefs.model import Options
 
 if TYPE_CHECKING:
     from mcorefs.shares import Share
@@ -62,29 +41,17 @@ app.command()(status)
 
 
 @app.command()
+@with_options(*CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "max_read_rate")
 def materialize(
     ckpt: Ckpt,
     out_directory: Annotated[
         Path, typer.Argument(metavar="OUT", help="An empty directory, or one to be made.")
     ],
-    iteration: Iteration = None,
-    format_name: FormatName = None,
-    family: FamilyName = None,
-    task: TaskName = None,
-    hf_config: HfConfig = None,
-    tokenizer: TokenizerPath = None,
-    require_tokenizer: RequireTokenizer = False,
-    vocab_size: VocabSize = None,
-    dtype: Dtype = None,
-    weights: WhichWeights = "model",
-    adapter: Adapter = None,
-    mtp: WithMtp = True,
-    shard_size: ShardSize = "50GB",
+    options: Options,
     threads: Annotated[
         int | None,
         typer.Option("--threads", metavar="N", min=1, help="Threads that read and write."),
     ] = None,
-    max_read_rate: MaxReadRate = None,
     part: Part = None,
     finish: Finish = False,
     executor: Executor = None,
@@ -101,21 +68,6 @@ def materialize(
     _check_way(part, finish, executor, address)
 
     started = time.monotonic()
-    options = to_options(
-        iteration,
-        family,
-        hf_config,
-        tokenizer,
-        require_tokenizer,
-        vocab_size,
-        dtype,
-        weights,
-        format_name,
-        adapter,
-        task,
-        mtp,
-    )
-    options = replace(options, shard_size=shard_size, max_read_rate=max_read_rate)
     opened = open_tree(ckpt, options)
     source, tree = opened.source, opened.tree
     remarks(source)
@@ -146,19 +98,11 @@ def _check_way(part: Share | None, finish: bool, executor: str | None, address: 
 
 
 @app.command()
+@with_options(*CHOICES, "tokenizer")
 def inspect(
     ckpt: Ckpt,
+    options: Options,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    iteration: Iteration = None,
-    format_name: FormatName = None,
-    family: FamilyName = None,
-    task: TaskName = None,
-    hf_config: HfConfig = None,
-    tokenizer: TokenizerPath = None,
-    vocab_size: VocabSize = None,
-    weights: WhichWeights = "model",
-    adapter: Adapter = None,
-    mtp: WithMtp = True,
 ) -> None:
     """Say what CKPT is and whether it is whole: format, iterations, layout, family, missing shards.
 
@@ -166,20 +110,6 @@ def inspect(
     """
     from mcorefs.inspection import inspect as look
 
-    options = to_options(
-        iteration,
-        family,
-        hf_config,
-        tokenizer,
-        False,
-        vocab_size,
-        None,
-        weights,
-        format_name,
-        adapter,
-        task,
-        mtp,
-    )
     found = look(ckpt, options)
     if as_json:
         out.print(json.dumps(found.to_json(), indent=2))
@@ -191,8 +121,10 @@ def inspect(
 
 
 @app.command()
+@with_options(*CHOICES, "dtype")
 def verify(
     ckpt: Ckpt,
+    options: Options,
     hf_dir: Annotated[
         Path | None, typer.Argument(metavar="[HF_DIR]", help="A directory of safetensors files.")
     ] = None,
@@ -204,16 +136,6 @@ def verify(
             "ranks.",
         ),
     ] = False,
-    iteration: Iteration = None,
-    format_name: FormatName = None,
-    family: FamilyName = None,
-    task: TaskName = None,
-    hf_config: HfConfig = None,
-    vocab_size: VocabSize = None,
-    dtype: Dtype = None,
-    weights: WhichWeights = "model",
-    adapter: Adapter = None,
-    mtp: WithMtp = True,
 ) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
@@ -227,29 +149,15 @@ def verify(
     from mcorefs.verify.checks import Check, deep_checks, own_proof
 
     checks: list[Check] = []
-    options = to_options(
-        iteration,
-        family,
-        hf_config,
-        None,
-        False,
-        vocab_size,
-        dtype,
-        weights,
-        format_name,
-        adapter,
-        task,
-        mtp,
-    )
     sound = True
     if deep or hf_dir is not None:
         opened = open_tree(ckpt, options)
         sound = hf_dir is None or _compare(opened, hf_dir)
         checks += deep_checks(opened) if deep else ()
     if hf_dir is None:
-        location = locate(ckpt, iteration, format_name)
+        location = locate(ckpt, options.iteration, options.format)
         if not (deep and location.format is HUGGINGFACE):
-            checks.append(own_proof(location, weights))
+            checks.append(own_proof(location, options.weights))
     for check in checks:
         with progress(check.doing, check.total_bytes) as advance:
             findings = check.run(advance)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
@@ -13,40 +12,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcorefs import wording
-from mcorefs.arguments import (
-    Adapter,
-    AllIterations,
-    CacheSize,
-    Ckpt,
-    Dtype,
-    FamilyName,
-    FormatName,
-    HfConfig,
-    Iteration,
-    MaxReadRate,
-    ReadAhead,
-    ReadTimeout,
-    RequireTokenizer,
-    ShardSize,
-    TaskName,
-    TokenizerPath,
-    VocabSize,
-    WhichWeights,
-    WithMtp,
-    to_options,
-)
+from mcorefs.arguments import CHOICES, AllIterations, Ckpt, ReadAhead, with_options
 from mcorefs.console import err, progress, remarks, say
+from mcorefs.model import Options
 
 Mnt = Annotated[Path, typer.Argument(metavar="MNT", parser=Path, help="Where it is mounted.")]
 
 if TYPE_CHECKING:
-    from mcorefs.model import Options
     from mcorefs.mount import MountOptions
     from mcorefs.tree import VirtualTree
 
 
+@with_options(
+    *CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "cache_bytes",
+    "max_read_rate", "read_timeout",
+)  # fmt: skip
 def mount(
     ckpt: Ckpt,
+    options: Options,
     mnt: Annotated[
         Path | None,
         typer.Argument(
@@ -55,21 +38,7 @@ def mount(
             help="An empty directory; only with --fuse-fd it may be left out.",
         ),
     ] = None,
-    iteration: Iteration = None,
     all_iterations: AllIterations = False,
-    format_name: FormatName = None,
-    family: FamilyName = None,
-    task: TaskName = None,
-    hf_config: HfConfig = None,
-    tokenizer: TokenizerPath = None,
-    require_tokenizer: RequireTokenizer = False,
-    vocab_size: VocabSize = None,
-    dtype: Dtype = None,
-    weights: WhichWeights = "model",
-    adapter: Adapter = None,
-    mtp: WithMtp = True,
-    shard_size: ShardSize = "50GB",
-    cache_size: CacheSize = None,
     foreground: Annotated[
         bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")
     ] = False,
@@ -103,8 +72,6 @@ def mount(
             "`hf-mount`.",
         ),
     ] = "mcorefs",
-    max_read_rate: MaxReadRate = None,
-    read_timeout: ReadTimeout = 30.0,
     read_ahead: ReadAhead = None,
     prefetch: Annotated[
         bool,
@@ -137,31 +104,10 @@ def mount(
         read_ahead_kib=READ_AHEAD_KIB if read_ahead is None else read_ahead >> 10,
     )
     check_place(mnt, mount_options)
-    options = to_options(
-        iteration,
-        family,
-        hf_config,
-        tokenizer,
-        require_tokenizer,
-        vocab_size,
-        dtype,
-        weights,
-        format_name,
-        adapter,
-        task,
-        mtp,
-    )
-    options = replace(
-        options,
-        shard_size=shard_size,
-        cache_bytes=cache_size,
-        max_read_rate=max_read_rate,
-        read_timeout=read_timeout,
-    )
     if foreground:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
     if all_iterations:
-        if iteration is not None or prefetch:
+        if options.iteration is not None or prefetch:
             raise typer.BadParameter("--all-iterations takes neither --iteration nor --prefetch")
         _mount_run(ckpt, mnt, options, mount_options)
         return
