@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,17 +50,26 @@ def _trainers() -> Iterator[str]:
 def _families() -> Iterator[str]:
     """Families by formats, with the parallel layouts of the fixtures that prove each."""
     formats = list(dict.fromkeys(spec.format for spec in SPECS.values()))
-    yield "Model families, and the parallel layouts of the fixtures that prove each: written by the"
-    yield "real megatron-core, they come out byte for byte as `save_pretrained` wrote the model"
-    yield "that they were made from. *If named*: by the trainer, `--hf-config` or `--family`, since"
-    yield "nothing else in a checkpoint tells them from another family, or from none."
+    families = sorted(FAMILIES, key=lambda family: family.name)
+    yield f"{len(families)} model families:"
+    yield from textwrap.wrap(", ".join(f"`{family.name}`" for family in families) + ".", 100)
+    yield ""
+    yield "Written by the real megatron-core, they come out byte for byte as `save_pretrained`"
+    yield "wrote the model that they were made from."
+    yield ""
+    yield "<details><summary>The parallel layouts that prove each family</summary>"
+    yield ""
+    yield "*If named*: by the trainer, `--hf-config` or `--family`, since nothing else in a"
+    yield "checkpoint tells them from another family, or from none."
     yield ""
     yield f"| family | {' | '.join(f'`{name}`' for name in formats)} |"
     yield f"|---|{'---|' * len(formats)}"
-    for family in sorted(FAMILIES, key=lambda family: family.name):
+    for family in families:
         cells = [_layouts(family.name, name) for name in formats]
         name = f"`{family.name}`" + (", if named" if family.named_only else "")
         yield f"| {family.architecture} ({name}) | {' | '.join(cells)} |"
+    yield ""
+    yield "</details>"
 
 
 def _layouts(family: str, format_: str) -> str:
