@@ -15,6 +15,7 @@ from mcorefs.dtypes import DType
 from mcorefs.files import VirtualFile
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.model import Options, parse_adapter
+from mcorefs.patience import READ_TIMEOUT
 from mcorefs.reader import Reader
 from mcorefs.remote import parse_path
 from mcorefs.tree import open_tree
@@ -44,6 +45,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     mtp: bool = True,
     shard_size: int | str = "50GB",
     cache_size: int | None = None,
+    read_timeout: float | None = READ_TIMEOUT,
 ) -> Checkpoint:
     """Open the checkpoint at `path`; the options are those of `mcorefs mount`.
 
@@ -52,8 +54,10 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
             checkpoint.get_tensor("model.norm.weight")
             checkpoint.get_slice("lm_head.weight")[:100]
 
-    Reads metadata only. `framework` "pt" gives torch tensors, "np" NumPy arrays (bfloat16 and
-    float8 as ml_dtypes). Raises CheckpointError or MappingError with every problem found.
+    Reads metadata only. What the storage has not answered within `read_timeout` seconds is an
+    error, here and in later reads; with None it is waited for. `framework` "pt" gives torch
+    tensors, "np" NumPy arrays (bfloat16 and float8 as ml_dtypes). Raises CheckpointError or
+    MappingError with every problem found.
     """
     path_of_adapter, scale = (None, None) if adapter is None else parse_adapter(fspath(adapter))
     options = Options(
@@ -71,6 +75,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         mtp=mtp,
         shard_size=shard_size,
         cache_bytes=cache_size,
+        read_timeout=read_timeout,
     )
     opened = open_tree(parse_path(fspath(path)), options)
     source = opened.source

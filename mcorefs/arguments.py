@@ -15,6 +15,7 @@ from mcorefs import wording
 from mcorefs.formats import NAMES
 from mcorefs.mapping.heads import TASKS
 from mcorefs.model import DTYPES, WEIGHTS, Options, parse_adapter
+from mcorefs.patience import READ_TIMEOUT, patiently
 from mcorefs.remote import parse_path
 from mcorefs.shares import Share
 
@@ -172,8 +173,8 @@ ReadTimeout = Annotated[
         "--read-timeout",
         metavar="SECONDS",
         min=0.1,
-        help="How long the storage may take to answer a read of a shard before who asked gets an "
-        "I/O error.",
+        help="How long the storage may take to answer; then opening fails, and who reads a mount "
+        "gets an I/O error.",
     ),
 ]
 Part = Annotated[
@@ -221,13 +222,14 @@ _OF_OPTIONS: Mapping[str, tuple[object, object]] = {
     "shard_size": (ShardSize, "50GB"),
     "cache_bytes": (CacheSize, None),
     "max_read_rate": (MaxReadRate, None),
-    "read_timeout": (ReadTimeout, 30.0),
+    "read_timeout": (ReadTimeout, READ_TIMEOUT),
 }
 """What the command line says of each field of `Options`, and the default there."""
 CHOICES = (
     "iteration", "format", "family", "task", "hf_config", "vocab_size", "weights", "adapter", "mtp",
+    "read_timeout",
 )  # fmt: skip
-"""Fields of `Options` that decide what a checkpoint is; every command takes them."""
+"""Fields of `Options` that every command takes."""
 
 
 def with_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -264,10 +266,12 @@ def _parameter(name: str) -> inspect.Parameter:
 
 def _options(chosen: Mapping[str, object]) -> Options:
     fields = dict(chosen)
-    adapter = fields.get("adapter")
+    adapter, seconds = chosen["adapter"], chosen["read_timeout"]
     if isinstance(adapter, str):
+        assert isinstance(seconds, float)
         try:
-            fields["adapter"], fields["adapter_scale"] = parse_adapter(adapter)
+            path, scale = patiently(lambda: parse_adapter(adapter), seconds)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--adapter") from None
+        fields |= {"adapter": path, "adapter_scale": scale}
     return replace(Options(), **fields)  # type: ignore[arg-type]

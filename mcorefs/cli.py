@@ -16,6 +16,7 @@ from mcorefs.commands import mount, status, umount
 from mcorefs.console import err, out, progress, remarks, say
 from mcorefs.errors import McorefsError
 from mcorefs.model import Options
+from mcorefs.patience import patiently
 
 if TYPE_CHECKING:
     from mcorefs.shares import Share
@@ -149,15 +150,16 @@ def verify(
     from mcorefs.verify.checks import Check, deep_checks, own_proof
 
     checks: list[Check] = []
+    seconds = options.read_timeout
     sound = True
     if deep or hf_dir is not None:
         opened = open_tree(ckpt, options)
-        sound = hf_dir is None or _compare(opened, hf_dir)
-        checks += deep_checks(opened) if deep else ()
+        sound = hf_dir is None or _compare(opened, hf_dir, seconds)
+        checks += deep_checks(opened, seconds) if deep else ()
     if hf_dir is None:
-        location = locate(ckpt, options.iteration, options.format)
+        location = patiently(lambda: locate(ckpt, options.iteration, options.format), seconds)
         if not (deep and location.format is HUGGINGFACE):
-            checks.append(own_proof(location, options.weights))
+            checks.append(own_proof(location, options.weights, seconds))
     for check in checks:
         with progress(check.doing, check.total_bytes) as advance:
             findings = check.run(advance)
@@ -168,14 +170,14 @@ def verify(
         raise typer.Exit(1)
 
 
-def _compare(opened: Opened, hf_dir: Path) -> bool:
+def _compare(opened: Opened, hf_dir: Path, seconds: float | None) -> bool:
     """Whether a checkpoint is equal to a directory; says what is not."""
     from mcorefs.verify import verify as compare
 
     source = opened.source
     total = sum(tensor.nbytes for tensor in source.tensors)
     with progress("Comparing", total) as advance:
-        verdict = compare(source.tensors, source.config, opened.reader, hf_dir, advance)
+        verdict = compare(source.tensors, source.config, opened.reader, hf_dir, advance, seconds)
     for difference in verdict.config:
         say(f"config.json: {difference.name} {difference.problem}")
     for difference in verdict.differences:

@@ -37,6 +37,11 @@ class Deadline:
         self._pid = os.getpid()
         self._lock = threading.Lock()
 
+    @staticmethod
+    def of(seconds: float | None) -> Deadline | None:
+        """One of so many seconds, if there is to be one."""
+        return None if seconds is None else Deadline(seconds)
+
     @property
     def hanging(self) -> int:
         """Threads at work for which nobody waits any more."""

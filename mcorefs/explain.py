@@ -9,6 +9,8 @@ from mcorefs import lightning, steps
 from mcorefs.errors import CheckpointError
 from mcorefs.formats import matching
 from mcorefs.formats.dcp import sharded_backend
+from mcorefs.patience import again
+from mcorefs.storage import is_file
 from mcorefs.tracker import TRACKER
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -23,9 +25,11 @@ LOCAL_REFUSED = (
 
 def children(path: Path) -> list[Path]:
     try:
-        return sorted(child for child in path.iterdir() if child.is_dir())
+        return again(lambda: sorted(child for child in path.iterdir() if child.is_dir()))
     except OSError as problem:
-        raise CheckpointError(f"{path} cannot be listed: {problem.strerror}") from None
+        name = str(problem.filename or path)
+        which = "" if name == str(path) else f" ({name})"
+        raise CheckpointError(f"{path} cannot be listed: {problem.strerror}{which}") from None
 
 
 def readable_children(path: Path) -> list[Path]:
@@ -34,13 +38,6 @@ def readable_children(path: Path) -> list[Path]:
         return children(path)
     except CheckpointError:
         return []
-
-
-def is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _holds_local(path: Path) -> bool:

@@ -16,6 +16,7 @@ from mcorefs.formats import HUGGINGFACE, Checkpoint
 from mcorefs.locate import Location, locate
 from mcorefs.model import Model, Options, which_weights
 from mcorefs.passthrough import instead
+from mcorefs.patience import patiently
 from mcorefs.trainers import LoraTraining, companions
 from mcorefs.tree import Source, source_at
 from mcorefs.views import View
@@ -96,6 +97,10 @@ def inspect(path: Path, options: Options) -> Inspection:
 
     Raises CheckpointError where there is none to describe (wrong level, empty, not a checkpoint).
     """
+    return patiently(lambda: _inspect(path, options), options.read_timeout)
+
+
+def _inspect(path: Path, options: Options) -> Inspection:
     location = locate(path, options.iteration, options.format)
     found = Inspection(
         str(location.path),

@@ -22,16 +22,11 @@ from mcorefs.deadline import MAX_IDLE, Deadline, LateError
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import MAX_BYTES
+from mcorefs.patience import PASSING, PAUSES, again
 from mcorefs.tar import Member, member_at
 
 T = TypeVar("T")
 
-PASSING = frozenset(
-    (errno.EIO, errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT, errno.ESHUTDOWN)
-)
-"""Errors that may pass: a server that fails over (NFS, Lustre), a disk that is reset."""
-PAUSES = (0.05, 0.25)
-"""Seconds before such a call is made again, and once more."""
 PIECE = 1 << 20
 """Most bytes that another thread reads at once."""
 
@@ -231,7 +226,7 @@ class LocalFiles:
             name = path if member is None else member.archive
             # O_NONBLOCK: a FIFO put in the place of a shard must not wait for a writer.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-            fd = _patiently(lambda: os.open(name, flags))
+            fd = again(lambda: os.open(name, flags))
         except (OSError, ValueError, CheckpointError) as problem:
             raise ReadFault(
                 f"{path} cannot be opened: {problem}; it was there when the checkpoint was opened"
@@ -269,18 +264,6 @@ class LocalFiles:
         self.close()
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """What `call` returns, if need be once the error has passed."""
-    for pause in PAUSES:
-        try:
-            return call()
-        except OSError as problem:
-            if problem.errno not in PASSING:
-                raise
-        time.sleep(pause)
-    return call()
-
-
 def _is_memory(device: int) -> bool:
     """Whether the file system with this number has nothing to wait for (proc_pid_mountinfo(5))."""
     number = f"{os.major(device)}:{os.minor(device)}".encode()
@@ -298,7 +281,7 @@ def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
     try:
         if (member := member_at(path)) is not None:
             return _identity(member.status, member), None
-        status = os.lstat(path)
+        status = again(lambda: os.lstat(path))
     except NotADirectoryError:  # what the system says of a name in an archive
         return None, os.strerror(errno.ENOENT)
     except (OSError, CheckpointError) as problem:

@@ -19,11 +19,11 @@ from mcorefs.explain import (
     NOTHING,
     children,
     explain,
-    is_file,
     readable_children,
     why_incomplete,
 )
 from mcorefs.formats import HUGGINGFACE, NAMES, Format, detect, matching
+from mcorefs.storage import is_file
 from mcorefs.tar import archive_path
 from mcorefs.tracker import TRACKER, is_tracked, latest
 

@@ -25,6 +25,7 @@ from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import HF_CONFIG, NO_REFERENCE, Reference, own_code, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find, with_processor
 from mcorefs.names import is_of_mtp
+from mcorefs.patience import READ_TIMEOUT
 from mcorefs.remote import is_url, parse_path
 from mcorefs.sources import Adapted, read_sources
 from mcorefs.trainers import Companions
@@ -67,8 +68,8 @@ class Options:
     """Budget of the tile cache; None: chosen from the memory there is."""
     max_read_rate: int | None = None
     """Most bytes a second that are read of the shards by this process; None: no limit."""
-    read_timeout: float | None = None
-    """Seconds after which a read that the storage has not answered fails; None: it waits."""
+    read_timeout: float | None = READ_TIMEOUT
+    """Seconds after which what the storage has not answered fails; None: it waits."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcorefs import lightning, steps
+from mcorefs.deadline import Deadline, LateError
 from mcorefs.errors import CheckpointError
 from mcorefs.explain import children, explain, readable_children
 from mcorefs.files import FileIdentity
 from mcorefs.locate import locate
+from mcorefs.patience import READ_TIMEOUT, again
 from mcorefs.remote import is_url
 from mcorefs.tracker import is_tracked, latest
 
@@ -51,34 +53,64 @@ class Published:
 class Run:
     """The directory that holds the iterations. Not thread-safe."""
 
-    def __init__(self, root: Path, format_name: str | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        format_name: str | None = None,
+        read_timeout: float | None = READ_TIMEOUT,
+    ) -> None:
         self.root = root
+        self.late: dict[str, int] = {}
+        """Iterations by name that the last scan could not look at, for their storage does not
+        answer."""
         self._format = format_name
         self._known: dict[str, Published] = {}
+        self._looks = Deadline.of(read_timeout)
 
     def scan(self) -> dict[str, Published]:
-        """What can be opened, in order; costs little where nothing has changed.
+        """What can be opened, in order; costs little where nothing has changed. What does not
+        answer is what it was, and is waited for once.
 
         Raises CheckpointError where that cannot be told now: a tracker file that is being written.
         """
         said = latest(self.root)
         found: list[Published] = []
-        for child in children(self.root):
-            number = _number(child)
-            if number is None:
-                continue
+        late: dict[str, int] = {}
+        is_waiting = True
+        for number, child in reversed(_numbered(self.root)):
             if said is not None and said.iteration is not None and number > said.iteration:
                 continue
             known = self._known.get(child.name)
-            if known is None or _mark(_paths(known.mark)) != known.mark:
-                known = self._look(child, number, said is not None)
+            try:
+                if is_waiting or child.name in self.late:
+                    known = self._in_time(child, number, said is not None, known)
+            except LateError:
+                late[child.name] = number
+                is_waiting = child.name in self.late  # another new one would take as long again
             if known is not None:
                 found.append(known)
         found.sort(key=lambda each: (each.number, each.name))
+        self.late = late
         self._known = {each.name: each for each in found}
         return dict(self._known)
 
+    def _in_time(
+        self, child: Path, number: int, is_published: bool, known: Published | None
+    ) -> Published | None:
+        """What `child` is by now. Raises LateError."""
+
+        def look() -> Published | None:
+            if known is not None and _mark(_paths(known.mark)) == known.mark:
+                return known
+            return self._look(child, number, is_published)
+
+        if self._looks is None:
+            return look()
+        return self._looks.run(str(child), look, lambda _: None)
+
     def _look(self, child: Path, number: int, is_published: bool) -> Published | None:
+        if not (child.is_dir() and _holds(child)):
+            return None
         own = child.name.startswith(_OWN_TRACKER)
         try:
             if own and not is_tracked(child):
@@ -113,7 +145,7 @@ def find_run(path: Path) -> Path:
         raise CheckpointError(f"{path} is not a directory: pass the one that a run saves to")
     if _is_run(path):
         return path
-    if _number(path) is not None:
+    if _number(path) is not None and _holds(path):
         return path.parent
     below = children(path)
     runs = [child for child in below if _is_run(child)]
@@ -128,7 +160,18 @@ def find_run(path: Path) -> Path:
 
 
 def _is_run(path: Path) -> bool:
-    return is_tracked(path) or any(_number(child) is not None for child in readable_children(path))
+    return is_tracked(path) or any(
+        _number(child) is not None and _holds(child) for child in readable_children(path)
+    )
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """What may be iterations of a run by their names, in order. Raises CheckpointError."""
+    try:
+        entries = again(lambda: list(root.iterdir()))
+    except OSError as problem:
+        raise CheckpointError(f"{root} cannot be listed: {problem.strerror}") from None
+    return sorted((number, child) for child in entries if (number := _number(child)) is not None)
 
 
 def _number(path: Path) -> int | None:
@@ -137,8 +180,15 @@ def _number(path: Path) -> int | None:
         return int(next(filter(None, match.groups())))
     if path.name == "release":
         return -1
-    step = lightning.step(path)
-    return step if step is not None and (path / lightning.WEIGHTS).is_dir() else None
+    return lightning.step(path)
+
+
+def _holds(path: Path) -> bool:
+    """Whether the directory `path`, which has a number, is an iteration; of NeMo's alone the name
+    does not say so."""
+    if _NAMES.fullmatch(path.name) or path.name == "release":
+        return True
+    return (path / lightning.WEIGHTS).is_dir()
 
 
 def _paths(mark: Mark) -> list[Path]:

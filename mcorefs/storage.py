@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.index import Chunk, Span
 from mcorefs.local import LocalFiles, local_file
+from mcorefs.patience import PASSING, again
 from mcorefs.rate import NO_LIMIT, Rate
 from mcorefs.remote import is_url
 from mcorefs.torchzip import GUESS, Locator, Record, data_start
@@ -32,10 +33,13 @@ __all__ = [
     "FileIdentity",
     "Placed",
     "Storage",
+    "is_file",
     "is_file_name",
     "is_there",
     "read_file",
+    "read_start",
     "regular_file",
+    "sees",
 ]
 
 REMOTE_BYTES = 64 << 20
@@ -237,6 +241,10 @@ def read_file(path: Path, most: int) -> bytes:
     Raises OSError, also where it has more than `most` bytes, or is a FIFO or a device: whoever made
     the directory may have put anything there, and those are never read to their end.
     """
+    return again(lambda: _read_file(path, most))
+
+
+def _read_file(path: Path, most: int) -> bytes:
     if is_url(str(path)):
         with path.open("rb") as file:
             data: bytes = file.read(most + 1)
@@ -253,6 +261,33 @@ def read_file(path: Path, most: int) -> bytes:
         raise OSError(errno.EFBIG, why, str(path))
     with path.open("rb") as file:
         return file.read(status.st_size)
+
+
+def read_start(path: Path, most: int) -> bytes:
+    """The first `most` bytes of the file at `path`. Raises OSError."""
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            data: bytes = file.read(most)
+            return data
+
+    return again(read)
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a file at `path`, as `sees` says."""
+    return sees(path.is_file)
+
+
+def sees(look: Callable[[], bool]) -> bool:
+    """What `look` says; False where we may not look, or not there. Raises OSError where the storage
+    fails to say: nothing is taken for not there because of that."""
+    try:
+        return again(look)
+    except OSError as problem:
+        if problem.errno in PASSING:
+            raise
+        return False
 
 
 def is_there(path: Path) -> bool:

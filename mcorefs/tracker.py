@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import reading
-from mcorefs.storage import regular_file
+from mcorefs.storage import is_file, read_start, regular_file
 from mcorefs.torchzip import data_start, load, record_of
 from mcorefs.unpickle import StoredView
 
@@ -38,7 +38,7 @@ class Latest:
 
 def is_tracked(root: Path) -> bool:
     """Whether a file in `root` says which iteration is the latest."""
-    return any(_is_file(root / name) for name in (TRACKER, TRAIN_STATE))
+    return any(is_file(root / name) for name in (TRACKER, TRAIN_STATE))
 
 
 def latest(root: Path) -> Latest | None:
@@ -50,7 +50,7 @@ def latest(root: Path) -> Latest | None:
     found: list[Latest] = []
     unread: list[CheckpointError] = []
     for name, read in ((TRACKER, _number), (TRAIN_STATE, _step)):
-        if _is_file(root / name):
+        if is_file(root / name):
             try:
                 found.append(Latest(read(root / name), name))
             except CheckpointError as problem:
@@ -68,18 +68,10 @@ def latest(root: Path) -> Latest | None:
     return Latest(right.iteration, right.file, "; ".join(remarks))
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 def _number(path: Path) -> int | None:
     """The iteration that the text file at `path` names; None for `release`."""
     try:
-        with path.open("rb") as file:
-            said = file.read(100).decode(errors="replace").strip()
+        said = read_start(path, 100).decode(errors="replace").strip()
     except OSError as problem:
         raise CheckpointError(f"{path} cannot be read: {problem.strerror}") from None
     if said == "release":

@@ -18,6 +18,7 @@ from mcorefs.mapping.config import dump
 from mcorefs.memory import cache_budget, gc_paused
 from mcorefs.model import Model, Options, load_at
 from mcorefs.passthrough import WEIGHTS, Passthrough
+from mcorefs.patience import patiently
 from mcorefs.rate import NO_LIMIT, Rate
 from mcorefs.reader import Reader, SafetensorsFile, TileCache
 from mcorefs.remote.ahead import PIECE, AheadFile, ReadAhead
@@ -81,7 +82,7 @@ class Means:
     def of(options: Options) -> Means:
         """As `options` say. Raises McorefsError if there is not so much memory."""
         rate = NO_LIMIT if options.max_read_rate is None else Rate(options.max_read_rate)
-        deadline = None if options.read_timeout is None else Deadline(options.read_timeout)
+        deadline = Deadline.of(options.read_timeout)
         return Means(cache_budget(options.cache_bytes), rate, deadline)
 
 
@@ -91,10 +92,14 @@ def open_tree(path: Path, options: Options, means: Means | None = None) -> Opene
     Raises CheckpointError if it cannot be opened, MappingError with every problem of its mapping.
     """
     with gc_paused():
-        source = source_at(locate(path, options.iteration, options.format), options)
-        means = means or Means.of(options)
-        tree, reader = build(source, options.shard_size, means)
-        tree = replace(tree, about=_about(source), activity=means.activity)
+        return patiently(lambda: _open_tree(path, options, means), options.read_timeout)
+
+
+def _open_tree(path: Path, options: Options, means: Means | None) -> Opened:
+    source = source_at(locate(path, options.iteration, options.format), options)
+    means = means or Means.of(options)
+    tree, reader = build(source, options.shard_size, means)
+    tree = replace(tree, about=_about(source), activity=means.activity)
     return Opened(source, tree, reader)
 
 

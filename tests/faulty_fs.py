@@ -3,8 +3,11 @@
 What it is told are files in a directory of orders, looked at for every call:
 
     stall-NAME          reads (and opening, with `stall-open-NAME`) of NAME wait while it exists
+    stall-stat-NAME     so does looking at NAME (then the kernel holds up its directory, too)
+    stall-below-NAME    so does looking at what is in NAME
     errno-NAME          "NUMBER COUNT": so many reads of NAME fail with that errno, or so many
-                        times opening it with `errno-open-NAME`
+                        times opening it with `errno-open-NAME`, or looking at it with
+                        `errno-stat-NAME`
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ class Passthrough:
         self._lock = threading.Lock()
 
     def getattr(self, path: str, fh: int | None = None) -> dict[str, int]:
+        for above in Path(path).parents:
+            self._stall(f"stall-below-{above.name}")
+        self._stall(f"stall-stat-{Path(path).name}")
+        self._fail(f"errno-stat-{Path(path).name}")
         status = os.lstat(self._real(path))
         names = ("st_mode", "st_size", "st_nlink", "st_uid", "st_gid", "st_ino")
         return {

@@ -15,17 +15,18 @@ from mcorefs import wording
 from mcorefs.arguments import CHOICES, AllIterations, Ckpt, ReadAhead, with_options
 from mcorefs.console import err, progress, remarks, say
 from mcorefs.model import Options
+from mcorefs.patience import patiently
 
 Mnt = Annotated[Path, typer.Argument(metavar="MNT", parser=Path, help="Where it is mounted.")]
 
 if TYPE_CHECKING:
     from mcorefs.mount import MountOptions
-    from mcorefs.tree import VirtualTree
+    from mcorefs.tree import Source, VirtualTree
 
 
 @with_options(
     *CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "cache_bytes",
-    "max_read_rate", "read_timeout",
+    "max_read_rate",
 )  # fmt: skip
 def mount(
     ckpt: Ckpt,
@@ -147,9 +148,12 @@ def _mount_run(ckpt: Path, mnt: Path | None, options: Options, mount_options: Mo
     from mcorefs.mount.living import LATEST
     from mcorefs.published import Run, find_run
 
-    run = Run(find_run(ckpt), options.format)
-    living = Living.over(run, options)
-    source = living.open_newest()
+    def look() -> tuple[Run, Living, Source | None]:
+        run = Run(find_run(ckpt), options.format, options.read_timeout)
+        living = Living.over(run, options)
+        return run, living, living.open_newest()
+
+    run, living, source = patiently(look, options.read_timeout)
 
     def ready() -> None:
         where = _where(mnt, mount_options.fuse_fd)

@@ -16,6 +16,7 @@ from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.index import MAX_BYTES, StoredTensor
+from mcorefs.patience import again
 from mcorefs.remote import is_url
 from mcorefs.storage import FileIdentity, regular_file
 from mcorefs.tar import member_at, open_archive
@@ -139,14 +140,15 @@ def reading(path: str, offset: int = 0, identity: FileIdentity | None = None) ->
             fd = open_archive(member)
         else:
             # O_NONBLOCK: a FIFO must not wait for a writer; then reading it fails.
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            fd = again(lambda: os.open(path, flags))
     except OSError as problem:
         raise CheckpointError(f"{path}: {problem.strerror}") from None
 
     def pread(start: int, count: int) -> bytes:
         try:
             at = first + offset + start
-            data = os.pread(fd, max(min(count, end - at), 0), at)
+            data = again(lambda: os.pread(fd, max(min(count, end - at), 0), at))
         except (OSError, OverflowError) as problem:
             raise CheckpointError(f"{path}: {problem}") from None
         if len(data) < count:

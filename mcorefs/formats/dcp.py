@@ -28,7 +28,15 @@ from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
 from mcorefs.pickle_objects import Without
 from mcorefs.records import MetadataIndex, StorageInfo, TensorProperties
 from mcorefs.remote import is_url
-from mcorefs.storage import FileIdentity, is_file_name, is_there, read_file, regular_file
+from mcorefs.storage import (
+    FileIdentity,
+    is_file,
+    is_file_name,
+    is_there,
+    read_file,
+    read_start,
+    regular_file,
+)
 from mcorefs.torchzip import load_object
 from mcorefs.unpickle import (
     Inert,
@@ -149,20 +157,11 @@ def sharded_backend(path: Path) -> str | None:
     if not is_file(file):
         return ""
     try:
-        with file.open("rb") as stream:
-            described = json.loads(stream.read(1 << 16))
+        described = json.loads(read_start(file, 1 << 16))
     except (OSError, ValueError, RecursionError):
         return ""
     named = described.get("sharded_backend") if isinstance(described, dict) else None
     return named if isinstance(named, str) else ""
-
-
-def is_file(path: Path) -> bool:
-    """Whether there is a file at `path` that we may know of."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _is_needless(weights: WeightsFrom, fqn: str) -> bool:

@@ -25,7 +25,6 @@ from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.formats.dcp import (
     StorageTable,
     common_file,
-    is_file,
     load_range,
     read_args,
     read_directory,
@@ -33,6 +32,7 @@ from mcorefs.formats.dcp import (
 )
 from mcorefs.index import StoredTensor
 from mcorefs.names import unwrapped
+from mcorefs.storage import is_file
 
 ARGS = "args"
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -23,8 +23,9 @@ from mcorefs.dtypes import BY_NAME
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal, side_by_side
 from mcorefs.index import Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.patience import again
 from mcorefs.remote import is_url
-from mcorefs.storage import FileIdentity, is_file_name, read_file, regular_file
+from mcorefs.storage import FileIdentity, is_file_name, read_file, regular_file, sees
 
 INDEX = "model.safetensors.index.json"
 _BIN_INDEX = "pytorch_model.bin.index.json"
@@ -55,10 +56,7 @@ class HuggingFace:
     name = "huggingface"
 
     def detect(self, path: Path) -> bool:
-        try:
-            return (path / "config.json").is_file() and bool(weight_files(path))
-        except OSError:
-            return False
+        return sees(lambda: (path / "config.json").is_file() and bool(weight_files(path)))
 
     def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []
@@ -122,7 +120,15 @@ def read_weights(directory: Path, problems: list[str], resolve: Resolve) -> Weig
         try:
             path = resolve(directory / name)
             identity, why = regular_file(path)
-            return f"{path}: {why}" if identity is None else (path, identity, dict(_header(path)))
+            return (
+                f"{path}: {why}"
+                if identity is None
+                else (
+                    path,
+                    identity,
+                    again(lambda: dict(_header(path))),
+                )
+            )
         except (CheckpointError, OSError) as problem:
             return str(problem)
 

@@ -18,12 +18,12 @@ from mcorefs.formats.base import Checkpoint, WeightsFrom, refusal
 from mcorefs.formats.dcp import (
     StorageTable,
     common_file,
-    is_file,
     load_range,
     read_args,
     read_directory,
     sharded_backend,
 )
+from mcorefs.storage import is_file
 
 COMMON_STATE = "common_state/shard_0_1"
 """ShardedObject("common_state", shape (1,), offset (0,)).unique_key, since megatron-core 0.19."""

@@ -31,7 +31,7 @@ from mcorefs.formats.base import Checkpoint, WeightsFrom, reading, refusal
 from mcorefs.formats.dcp import common_file, kind_of, read_args, sharded_backend
 from mcorefs.formats.main_params import Described, choose, model_name
 from mcorefs.index import MAX_BYTES, MAX_DIMS, Chunk, Span, StoredTensor, stored_tensor
-from mcorefs.storage import FileIdentity, regular_file
+from mcorefs.storage import FileIdentity, regular_file, sees
 
 ARRAY = ".zarray"
 _MAX_JSON = 1 << 16
@@ -82,10 +82,7 @@ class Zarr:
     name = "zarr"
 
     def detect(self, path: Path) -> bool:
-        try:
-            return sharded_backend(path) == self.name and any(path.glob(f"*/{ARRAY}"))
-        except OSError:
-            return False
+        return sees(lambda: sharded_backend(path) == self.name and any(path.glob(f"*/{ARRAY}")))
 
     def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []

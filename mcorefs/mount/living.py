@@ -29,6 +29,7 @@ from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.model import Options
 from mcorefs.mount.nodes import ROOT_INODE, Node, NodeTable, attributes, build_nodes
 from mcorefs.mount.operations import FaultLog
+from mcorefs.patience import READ_TIMEOUT
 from mcorefs.published import Published, Run
 from mcorefs.reader import Reader, TileCache
 from mcorefs.tree import Means, Opened, Source, VirtualTree, open_tree
@@ -43,8 +44,6 @@ KEPT = 4
 """Iterations that stay open although nobody has a file of theirs open."""
 MOST = 16
 """Iterations open at once, whoever uses them; one that is read again is opened again."""
-READ_WITHIN = 30.0
-"""Seconds that opening an iteration may take, if nothing else is said."""
 OPEN_FILES = 8192
 """Shards open at once, if the system allows so many."""
 RETRY = 10.0
@@ -99,6 +98,13 @@ class Living:
         self._failures = 0
         self._faults = FaultLog()
         self._scan()
+        newest = self._found[-1].number if self._found else -2
+        for name, number in run.late.items():
+            if number > newest:
+                raise CheckpointError(
+                    f"{run.root / name}: its storage does not answer: nothing within {patience:g} "
+                    "s; look at the file system, or give it longer (--read-timeout)"
+                )
 
     @staticmethod
     def over(run: Run, options: Options) -> Living:
@@ -112,10 +118,13 @@ class Living:
             means, cache=TileCache(means.cache_bytes, means.activity), max_open=max_open
         )
 
-        def opener(published: Published) -> Opened:
-            return open_tree(published.path, options, means)
+        # What opens an iteration while it is mounted is waited for by those who look.
+        unhurried = replace(options, read_timeout=None)
 
-        return Living(run, opener, options.read_timeout or READ_WITHIN, means.activity)
+        def opener(published: Published) -> Opened:
+            return open_tree(published.path, unhurried, means)
+
+        return Living(run, opener, options.read_timeout or READ_TIMEOUT, means.activity)
 
     @property
     def root(self) -> str:
@@ -244,6 +253,8 @@ class Living:
 
     def _scan(self) -> None:
         self._show(self._run.scan())
+        for name in self._run.late:
+            self._faults.report(f"{name} is left as it was: its storage does not answer", path="/")
 
     def _show(self, found: Mapping[str, Published]) -> None:
         shown: dict[str, Node] = {}

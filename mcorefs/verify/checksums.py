@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from mcorefs.deadline import Deadline
 from mcorefs.errors import CheckpointError, ReadFault
 from mcorefs.formats import Checkpoint
 from mcorefs.index import Span
+from mcorefs.patience import READ_TIMEOUT
 from mcorefs.storage import Storage
 from mcorefs.torchzip import Record, data_start, records
 from mcorefs.verify.findings import PIECE, Difference, Findings, OnProgress, threads
@@ -41,12 +43,16 @@ def total_bytes(checkpoint: Checkpoint) -> int:
     return whole + sum(spans.values())
 
 
-def check(checkpoint: Checkpoint, on_progress: OnProgress = lambda count: None) -> Findings:
+def check(
+    checkpoint: Checkpoint,
+    on_progress: OnProgress = lambda count: None,
+    read_timeout: float | None = READ_TIMEOUT,
+) -> Findings:
     """Compute the CRC-32 of every record that holds weights. Memory: one piece for each thread.
 
     Raises CheckpointError where none was saved.
     """
-    storage = Storage(checkpoint.files)
+    storage = Storage(checkpoint.files, deadline=Deadline.of(read_timeout))
 
     def look(archive: _Archive) -> tuple[int, int, int, list[Difference]]:
         return _check_archive(archive, storage, on_progress)

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from mcorefs.deadline import Deadline
 from mcorefs.dtypes import DType
-from mcorefs.errors import CheckpointError, ReadFault
+from mcorefs.errors import CheckpointError
 from mcorefs.formats.base import refusal
 from mcorefs.formats.huggingface import Weights, read_weights
 from mcorefs.index import StoredTensor
 from mcorefs.mapping.plan import HfTensor
+from mcorefs.patience import READ_TIMEOUT, patiently
 from mcorefs.reader import Reader
-from mcorefs.storage import read_file
+from mcorefs.storage import Storage, read_file
 from mcorefs.verify.findings import PIECE, Difference, OnProgress, threads
 
 IGNORED_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "architectures")
@@ -43,13 +45,15 @@ def verify(
     reader: Reader,
     directory: Path,
     on_progress: OnProgress = lambda count: None,
+    read_timeout: float | None = READ_TIMEOUT,
 ) -> Verdict:
     """Compare `tensors` with those in the safetensors files of `directory`.
 
     Raises CheckpointError if the directory holds no valid safetensors files, ReadFault if a shard
     cannot be read. In memory are a few pieces of PIECE bytes.
     """
-    weights = _real_weights(directory)
+    weights = patiently(lambda: _real_weights(directory), read_timeout)
+    storage = Storage(weights.files, deadline=Deadline.of(read_timeout))
     real, unknown = weights.tensors, weights.unknown
     ours = {tensor.name: tensor for tensor in tensors}
     there = {*real, *unknown}
@@ -66,16 +70,17 @@ def verify(
             both.append(name)
 
     def compare(name: str) -> Difference | None:
-        problem = _compare(ours[name], real[name], reader, on_progress)
+        problem = _compare(ours[name], real[name], reader, storage, on_progress)
         return Difference(name, problem) if problem else None
 
     with ThreadPoolExecutor(threads()) as pool:
         found = [difference for difference in pool.map(compare, both) if difference is not None]
+    storage.close()
     return Verdict(
         len(both) - len(found),
         sum(ours[name].nbytes for name in both),
         (*differences, *found),
-        tuple(_config_differences(config, directory)),
+        patiently(lambda: tuple(_config_differences(config, directory)), read_timeout),
     )
 
 
@@ -88,7 +93,11 @@ def _described(ours: HfTensor, real: StoredTensor) -> str | None:
 
 
 def _compare(
-    ours: HfTensor, real: StoredTensor, reader: Reader, on_progress: OnProgress
+    ours: HfTensor,
+    real: StoredTensor,
+    reader: Reader,
+    storage: Storage,
+    on_progress: OnProgress,
 ) -> str | None:
     """How many elements differ, and where the first of them is; None if all are equal."""
     if not real.chunks:
@@ -97,21 +106,18 @@ def _compare(
     differing, first = 0, -1
     size = ours.dtype.itemsize
     step = PIECE // size * size
-    with open(span.path, "rb", buffering=0) as file:
-        for start in range(0, ours.nbytes, step):
-            count = min(step, ours.nbytes - start)
-            have, want = bytearray(count), bytearray(count)
-            reader.read_tensor(ours.view, start, memoryview(have))
-            file.seek(span.offset + start)
-            if file.readinto(want) != count:
-                raise ReadFault(f"{span.path} ends before tensor {ours.name} does")
-            on_progress(count)
-            if have == want:
-                continue
-            unequal = _elements(have, ours.dtype) != _elements(want, ours.dtype)
-            if first < 0:
-                first = start // size + int(unequal.argmax())
-            differing += int(np.count_nonzero(unequal))
+    for start in range(0, ours.nbytes, step):
+        count = min(step, ours.nbytes - start)
+        have, want = bytearray(count), bytearray(count)
+        reader.read_tensor(ours.view, start, memoryview(have))
+        storage.read_into(span.path, span.offset + start, memoryview(want))
+        on_progress(count)
+        if have == want:
+            continue
+        unequal = _elements(have, ours.dtype) != _elements(want, ours.dtype)
+        if first < 0:
+            first = start // size + int(unequal.argmax())
+        differing += int(np.count_nonzero(unequal))
     if not differing:
         return None
     index = [int(i) for i in np.unravel_index(first, ours.shape)] if ours.shape else []

@@ -14,6 +14,7 @@ from mcorefs.dtypes import DType
 from mcorefs.errors import ReadFault
 from mcorefs.formats.base import Replica
 from mcorefs.mapping.plan import HfTensor
+from mcorefs.patience import READ_TIMEOUT, attended
 from mcorefs.reader import Reader
 from mcorefs.verify.findings import PIECE, Difference, Findings, OnProgress, threads
 from mcorefs.views import Stored
@@ -43,14 +44,17 @@ def check_finite(
 
 
 def check_replicas(
-    replicas: Iterable[Replica], reader: Reader, on_progress: OnProgress = lambda count: None
+    replicas: Iterable[Replica],
+    reader: Reader,
+    on_progress: OnProgress = lambda count: None,
+    read_timeout: float | None = READ_TIMEOUT,
 ) -> Findings:
     """Compare every copy of a tensor with the one that is served, byte for byte."""
     sound = total = 0
     differences: list[Difference] = []
     left = iter(replicas)
     with ThreadPoolExecutor(threads()) as pool:
-        while some := list(islice(left, _AHEAD)):
+        while some := attended(lambda: list(islice(left, _AHEAD)), read_timeout):
             for replica, problem in zip(
                 some, pool.map(lambda one: _disagree(one, reader, on_progress), some), strict=True
             ):

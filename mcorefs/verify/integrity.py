@@ -14,17 +14,25 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mcorefs.errors import CheckpointError
+from mcorefs.deadline import Deadline
+from mcorefs.errors import CheckpointError, ReadFault
+from mcorefs.files import VirtualFile
 from mcorefs.formats.base import refusal
 from mcorefs.passthrough import StoredFile
-from mcorefs.remote import is_url
+from mcorefs.patience import READ_TIMEOUT, patiently
 from mcorefs.remote.ahead import AheadFile, ReadAhead
-from mcorefs.storage import FileIdentity, Storage, is_file_name, is_there, regular_file
+from mcorefs.storage import (
+    FileIdentity,
+    Storage,
+    is_file_name,
+    is_there,
+    read_start,
+    regular_file,
+)
 from mcorefs.verify.findings import PIECE, Difference, Findings, OnProgress, threads
 
 MANIFEST = "integrity.json"
@@ -47,8 +55,7 @@ def read_manifest(directory: Path) -> Mapping[str, str] | None:
     if identity is None or identity.size > _MAX_MANIFEST:
         raise CheckpointError(f"{path} {why or 'is too large'}")
     try:
-        with path.open("rb") as file:
-            stated = json.loads(file.read(_MAX_MANIFEST), object_pairs_hook=_once)
+        stated = json.loads(read_start(path, _MAX_MANIFEST), object_pairs_hook=_once)
         algorithm, files = stated.get("algorithm", "sha256"), stated["files"]
         names = list(files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
@@ -71,30 +78,29 @@ def read_manifest(directory: Path) -> Mapping[str, str] | None:
 
 
 def check(
-    directory: Path, digests: Mapping[str, str], on_progress: OnProgress = lambda count: None
+    directory: Path,
+    digests: Mapping[str, str],
+    on_progress: OnProgress = lambda count: None,
+    read_timeout: float | None = READ_TIMEOUT,
 ) -> Findings:
     """Hash every file that `digests` lists, and look for files that it does not list.
 
     Memory: one piece for each thread.
     """
-    differences: list[Difference] = []
-    sizes: dict[str, int] = {}
-    for name in digests:
-        identity, why = regular_file(directory / name)
-        if identity is None:
-            missing = why == os.strerror(2)
-            problem = f"is missing, but {MANIFEST} lists it" if missing else (why or "")
-            differences.append(Difference(name, problem))
-        else:
-            sizes[name] = identity.size
+    found, differences = patiently(lambda: _listed(directory, digests), read_timeout)
+    sizes = {name: identity.size for name, identity in found.items()}
+    identities = {str(directory / name): identity for name, identity in found.items()}
+    storage = Storage(identities, deadline=Deadline.of(read_timeout))
 
     def compare(name: str) -> Difference | None:
+        path = str(directory / name)
         try:
-            found = _sha256(directory / name, on_progress)
-        except OSError as problem:
-            return Difference(name, f"cannot be read: {problem.strerror}")
-        except CheckpointError as problem:
-            return Difference(name, str(problem))
+            found = _sha256(path, sizes[name], storage, on_progress)
+            after, _ = patiently(lambda: regular_file(path), read_timeout)
+        except (ReadFault, CheckpointError) as problem:
+            return Difference(name, f"cannot be read: {problem}")
+        if after != identities[path]:
+            return Difference(name, "was written to while it was read")
         if found == digests[name]:
             return None
         return Difference(
@@ -104,13 +110,31 @@ def check(
     largest_first = sorted(sizes, key=lambda name: -sizes[name])
     with ThreadPoolExecutor(threads()) as pool:
         changed = [found for found in pool.map(compare, largest_first) if found is not None]
-    unlisted, remarks = _unlisted(directory, digests)
+    storage.close()
+    unlisted, remarks = patiently(lambda: _unlisted(directory, digests), read_timeout)
     return Findings(
         len(sizes) - len(changed),
         sum(sizes.values()),
         (*differences, *sorted(changed, key=lambda found: found.name), *unlisted),
         tuple(remarks),
     )
+
+
+def _listed(
+    directory: Path, digests: Mapping[str, str]
+) -> tuple[dict[str, FileIdentity], list[Difference]]:
+    """(the files that are there, by name; what is wrong with the others)."""
+    found: dict[str, FileIdentity] = {}
+    differences: list[Difference] = []
+    for name in digests:
+        identity, why = regular_file(directory / name)
+        if identity is None:
+            missing = why == os.strerror(2)
+            problem = f"is missing, but {MANIFEST} lists it" if missing else (why or "")
+            differences.append(Difference(name, problem))
+        else:
+            found[name] = identity
+    return found, differences
 
 
 def total_bytes(directory: Path, digests: Mapping[str, str]) -> int:
@@ -145,36 +169,16 @@ def _unlisted(directory: Path, digests: Mapping[str, str]) -> tuple[list[Differe
     return wrong, [remark] if others else []
 
 
-def _sha256(path: Path, on_progress: OnProgress) -> str:
-    """The digest of a regular file that nobody changes meanwhile. Raises OSError."""
+def _sha256(path: str, size: int, storage: Storage, on_progress: OnProgress) -> str:
+    """The digest of a file of `storage`. Raises ReadFault."""
+    file: VirtualFile = StoredFile(path, size, storage)
+    if storage.pieces_ahead:
+        file = AheadFile(file, ReadAhead(storage.pieces_ahead))
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(PIECE))
-    if is_url(str(path)):
-        return _sha256_remote(path, buffer, on_progress)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(fd, "rb", buffering=0) as file:
-        before = os.fstat(fd)
-        if not stat.S_ISREG(before.st_mode):
-            raise CheckpointError("is not a regular file any more")
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            on_progress(count)
-        if FileIdentity.of(before) != FileIdentity.of(os.fstat(fd)):
-            raise CheckpointError("was written to while it was read")
-    return digest.hexdigest()
-
-
-def _sha256_remote(path: Path, buffer: memoryview, on_progress: OnProgress) -> str:
-    identity, why = regular_file(path)
-    if identity is None:
-        raise CheckpointError(why or "is not there any more")
-    digest = hashlib.sha256()
-    storage = Storage({str(path): identity})
-    file = AheadFile(StoredFile(str(path), identity.size, storage), ReadAhead(storage.pieces_ahead))
-    for start in range(0, identity.size, len(buffer)):
-        part = buffer[: min(len(buffer), identity.size - start)]
+    buffer = memoryview(bytearray(min(PIECE, size)))
+    for start in range(0, size, PIECE):
+        part = buffer[: min(PIECE, size - start)]
         file.read_into(start, part)
         digest.update(part)
         on_progress(len(part))
-    storage.close()
     return digest.hexdigest()

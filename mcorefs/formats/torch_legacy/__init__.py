@@ -20,6 +20,7 @@ from mcorefs.formats.torch_legacy.replicas import between_ranks
 from mcorefs.formats.torch_legacy.stages import stage_tensors, stages
 from mcorefs.formats.torch_legacy.tensor_parallel import EMBEDDING
 from mcorefs.index import StoredTensor
+from mcorefs.storage import is_file, sees
 
 HEAD = "output_layer.weight"
 
@@ -30,10 +31,7 @@ class TorchLegacy:
     name = "torch"
 
     def detect(self, path: Path) -> bool:
-        try:
-            return any(file.is_file() for file, _ in rank_files(path))
-        except OSError:
-            return False
+        return sees(lambda: any(is_file(file) for file, _ in rank_files(path)))
 
     def index(self, path: Path, weights: WeightsFrom = "model") -> Checkpoint:
         problems: list[str] = []

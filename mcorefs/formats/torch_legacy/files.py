@@ -28,7 +28,7 @@ from mcorefs.formats.base import reading, training_args
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 from mcorefs.index import Span
 from mcorefs.names import unwrapped
-from mcorefs.storage import FileIdentity, regular_file
+from mcorefs.storage import FileIdentity, is_file, regular_file
 from mcorefs.torchzip import Record, load, record_of
 from mcorefs.unpickle import StoredView, describe
 
@@ -70,9 +70,9 @@ def rank_files(path: Path) -> list[tuple[Path, tuple[int, ...]]]:
         for child in sorted(path.iterdir())
         if (match := _DIRECTORY.fullmatch(child.name))
     ]
-    if not found and (path / NEMO_FILE).is_file():
+    if not found and is_file(path / NEMO_FILE):
         return [(path / NEMO_FILE, (0,))]
-    is_nemo = any((directory / NEMO_FILE).is_file() for directory, _ in found)
+    is_nemo = any(is_file(directory / NEMO_FILE) for directory, _ in found)
     return [(directory / (NEMO_FILE if is_nemo else FILE), numbers) for directory, numbers in found]
 
 
