@@ -11,7 +11,10 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from json.encoder import encode_basestring, encode_basestring_ascii
 
+from mcorefs.boxes import Shape
 from mcorefs.errors import CheckpointError, MappingError
 from mcorefs.mapping.plan import HfTensor
 
@@ -45,9 +48,10 @@ def lay_out(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     by_name = {tensor.name: tensor for tensor in tensors}
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}
     storages: Counter[str] = Counter()
     for tensor in tensors:
-        storages[tensor.storage or tensor.name] += tensor.nbytes
+        storages[tensor.storage or tensor.name] += sizes[tensor.name]
     try:
         split = split_state_dict_into_shards_factory(
             by_name,
@@ -59,24 +63,25 @@ def lay_out(
     except (ValueError, OverflowError) as problem:
         raise CheckpointError(f"--shard-size {shard_size}: {problem}") from None
     files = {
-        name: _file([by_name[tensor] for tensor in names])
+        name: _file([by_name[tensor] for tensor in names], sizes)
         for name, names in split.filename_to_tensors.items()
     }
-    return files, _index(tensors, split.tensor_to_filename) if split.is_sharded else None
+    if not split.is_sharded:
+        return files, None
+    return files, _index(tensors, sizes, split.tensor_to_filename)
 
 
-def _file(tensors: Sequence[HfTensor]) -> SafetensorsLayout:
+def _file(tensors: Sequence[HfTensor], sizes: Mapping[str, int]) -> SafetensorsLayout:
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.rank, tensor.name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries = ['{"__metadata__":{"format":"pt"}']
     offsets = [0]
+    end = 0
     for tensor in ordered:
-        offsets.append(offsets[-1] + tensor.nbytes)
-        header[tensor.name] = {
-            "dtype": tensor.dtype.name,
-            "shape": tensor.shape,
-            "data_offsets": offsets[-2:],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        start, end = end, end + sizes[tensor.name]
+        offsets.append(end)
+        kind = _kind(tensor.dtype.name, tensor.shape)
+        entries.append(f"{encode_basestring(tensor.name)}:{kind}[{start},{end}]}}")
+    text = (",".join(entries) + "}").encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise MappingError(
@@ -91,15 +96,27 @@ def _file(tensors: Sequence[HfTensor]) -> SafetensorsLayout:
     )
 
 
-def _index(tensors: Sequence[HfTensor], weight_map: Mapping[str, str]) -> bytes:
+@lru_cache(1024)  # of layers and experts, all are alike
+def _kind(dtype: str, shape: Shape) -> str:
+    """How a header describes a tensor, up to where it lies."""
+    described = {"dtype": dtype, "shape": shape, "data_offsets": None}
+    return json.dumps(described, separators=(",", ":")).removesuffix("null}")
+
+
+def _index(
+    tensors: Sequence[HfTensor], sizes: Mapping[str, int], weight_map: Mapping[str, str]
+) -> bytes:
     """What json.dumps with sorted keys and an indent of 2 makes, which takes it a while."""
     total_size = parameters = 0
     for tensor in tensors:
-        nbytes = tensor.nbytes
+        nbytes = sizes[tensor.name]
         total_size += nbytes
         parameters += 0 if tensor.is_buffer else nbytes // tensor.dtype.itemsize
     metadata = {"total_parameters": parameters, "total_size": total_size}
     head = json.dumps({"metadata": metadata, "weight_map": {}}, indent=2).removesuffix("{}\n}")
     spelled = {file: json.dumps(file) for file in set(weight_map.values())}
-    lines = [f"    {json.dumps(name)}: {spelled[weight_map[name]]}" for name in sorted(weight_map)]
+    lines = [
+        f"    {encode_basestring_ascii(name)}: {spelled[weight_map[name]]}"
+        for name in sorted(weight_map)
+    ]
     return (head + "{\n" + ",\n".join(lines) + "\n  }\n}\n").encode()
