@@ -51,7 +51,7 @@ def plan(
     """
     problems = _Problems()
     used: set[str] = set()
-    planned: list[tuple[object, HfTensor]] = []
+    planned: list[tuple[object, list[HfTensor]]] = []
     for position, rule in enumerate(family.rules):
         layer = -1
         for place in _places(rule, facts):
@@ -68,11 +68,13 @@ def plan(
                 layer = place.layer  # its experts sort as one, and are of one storage
                 storage = _storage(rule, place)
                 key = _sort_key(family, rule, name, place, position)
-            tensor = HfTensor(name, view, storage, rule.is_buffer)
-            planned.append(((key, position, place.expert), tensor))
-    problems.unused(set(tensors) - used)
+                alike: list[HfTensor] = []
+                planned.append(((key, position, place.expert), alike))
+            alike.append(HfTensor(name, view, storage, rule.is_buffer))
+    problems.unused(tensors.keys() - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
-    return [tensor for _, tensor in planned], [*problems, *_unexpressed(family, facts)]
+    ordered = [tensor for _, alike in planned for tensor in alike]
+    return ordered, [*problems, *_unexpressed(family, facts)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,14 @@ class _Place:
     mtp: int = 0
 
     def fill(self, pattern: str) -> str:
-        return pattern.format(layer=self.layer, expert=self.expert, mtp=self.mtp)
+        return str(self.expert).join(_around_expert(pattern, self.layer, self.mtp))
+
+
+@lru_cache(1024)  # all experts of a layer are asked for one after the other
+def _around_expert(pattern: str, layer: int, mtp: int) -> list[str]:
+    """`pattern` in that layer, in the pieces between which the number of an expert goes."""
+    filled = pattern.replace("{layer}", str(layer)).replace("{mtp}", str(mtp))
+    return filled.split("{expert}")
 
 
 def _places(rule: Rule, facts: Facts) -> Iterator[_Place]:
@@ -142,17 +151,18 @@ def _apply(
     try:
         made = [rule.block(source := view, facts) for view in sources]
         view = Stack(tuple(made), 0) if rule.stacks_experts else made[0]
-        expected = tuple(size if isinstance(size, int) else facts.dims[size] for size in rule.shape)
+        dims = facts.dims
+        expected = [size if isinstance(size, int) else dims[size] for size in rule.shape]
         if dtype is not None and not rule.keeps_dtype:
             view = to(view, dtype)
     except (KeyError, ValueError, IndexError) as problem:
         why = f"the size {problem} is unknown" if isinstance(problem, KeyError) else str(problem)
         problems.add(rule.hf, f"{name} cannot be made from its source {list(source.shape)}: {why}")
         return None
-    if view.shape != expected:
+    if list(view.shape) != expected:
         problems.add(
             rule.hf,
-            f"{name} has shape {list(view.shape)}, expected {list(expected)} "
+            f"{name} has shape {list(view.shape)}, expected {expected} "
             f"({' x '.join(map(str, rule.shape))})",
         )
     return view
