@@ -6,12 +6,13 @@ Formats build these from metadata alone; nothing here reads tensor data.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
@@ -22,6 +23,8 @@ MAX_BYTES = 1 << 63
 """What NumPy, safetensors readers and file offsets can address."""
 MAX_DEPTH = 32
 """Cuts within cuts of a tensor; parallel layouts need one for each way they shard."""
+MIN_GRID = 32
+"""Chunks of one tensor from which NumPy is worth its start."""
 MAX_SCAN = 1024
 """Chunks of one tensor that interlock without a straight cut between them."""
 
@@ -87,10 +90,13 @@ def stored_tensor(
     try:
         _check_shape(shape, dtype)
         filled = tuple(chunk for chunk in chunks if 0 not in chunk.box.sizes)
+        tree: _Node | None = _grid(filled, shape)
         for chunk in filled:
-            _check_chunk(chunk, shape, dtype)
-        _check_volume(filled, shape)
-        tree = _build(filled, Box.whole(shape))
+            if tree is None or not _is_whole_archive(chunk.span):
+                _check_chunk(chunk, shape, dtype)
+        if tree is None:
+            _check_volume(filled, shape)
+            tree = _build(filled, Box.whole(shape))
     except _BadTilingError as problem:
         return None, f"{fqn}: {problem}"
     return StoredTensor(fqn, dtype, shape, filled, tree), None
@@ -111,8 +117,8 @@ def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
     box, span = chunk.box, chunk.span
     if not box.within(shape):
         raise _BadTilingError(f"chunk {_show(box)} lies outside of shape {_numbers(shape)}")
-    if span.kind == "torch_zip" and min(span.offset, span.nbytes) >= 0:
-        return  # its archive is looked through when it is first read
+    if _is_whole_archive(span):
+        return
     strides = row_major_strides(box.sizes) if span.strides is None else span.strides
     signed = (span.offset, span.nbytes, span.skip, *strides)
     if min(signed) < 0 or len(strides) != len(box.sizes):
@@ -124,6 +130,11 @@ def _check_chunk(chunk: Chunk, shape: Shape, dtype: DType) -> None:
         raise _BadTilingError(
             f"chunk {_show(box)} needs {need} bytes but {span.path} holds {held} for it"
         )
+
+
+def _is_whole_archive(span: Span) -> bool:
+    """Whether it is looked through when it is first read."""
+    return span.kind == "torch_zip" and span.offset >= 0 and span.nbytes >= 0
 
 
 def _check_volume(chunks: Sequence[Chunk], shape: Shape) -> None:
@@ -170,6 +181,61 @@ class _Scan(_Node):
             assert isinstance(child, Chunk)
             if (part := child.box.intersect(box)) is not None:
                 yield child, part
+
+
+class _Grid(_Node):
+    """As many chunks on each axis wherever one looks, as nearly all ways of sharding make them."""
+
+    __slots__ = ("_cells", "_cuts")
+
+    def __init__(
+        self, cuts: list[list[int]], cells: NDArray[np.int64], chunks: Sequence[Chunk]
+    ) -> None:
+        super().__init__(0, [], list(chunks))
+        self._cuts = cuts
+        """On each axis, where slabs begin."""
+        self._cells = cells
+        """By slab on each axis, which chunk it is."""
+
+    def overlapping(self, box: Box) -> Iterator[tuple[Chunk, Box]]:
+        ranges = [
+            slice(bisect_right(cuts, start) - 1, bisect_left(cuts, start + size))
+            for cuts, start, size in zip(self._cuts, box.offsets, box.sizes, strict=True)
+        ]
+        for number in self._cells[tuple(ranges)].flat:
+            chunk = self.children[number]
+            assert isinstance(chunk, Chunk)
+            if (part := chunk.box.intersect(box)) is not None:
+                yield chunk, part
+
+
+def _grid(chunks: Sequence[Chunk], shape: Shape) -> _Grid | None:
+    """The grid that `chunks` are, if there are so many that it pays to look, and they tile `shape`
+    as one: then each lies in it, and there is no gap and no overlap."""
+    if len(chunks) < MIN_GRID or not shape:
+        return None
+    try:
+        offsets = np.array([chunk.box.offsets for chunk in chunks], np.int64)
+        sizes = np.array([chunk.box.sizes for chunk in chunks], np.int64)
+    except (ValueError, OverflowError):  # not as many numbers in each, or no numbers of a file
+        return None
+    if offsets.shape != (len(chunks), len(shape)) or sizes.shape != offsets.shape:
+        return None
+    cuts, numbers = [], []
+    for axis, length in enumerate(shape):
+        starts, number = np.unique(offsets[:, axis], return_inverse=True)
+        if starts[0] != 0 or starts[-1] >= length:
+            return None
+        if (sizes[:, axis] != np.diff(starts, append=length)[number]).any():
+            return None
+        cuts.append(starts.tolist())
+        numbers.append(number)
+    counts = tuple(map(len, cuts))
+    if math.prod(counts) != len(chunks):
+        return None
+    cells = np.full(counts, -1, np.int64)
+    cells[tuple(numbers)] = np.arange(len(chunks))
+    return None if (cells < 0).any() else _Grid(cuts, cells, chunks)
 
 
 def _build(chunks: Sequence[Chunk], region: Box) -> _Node:

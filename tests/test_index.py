@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import BF16, F32
-from mcorefs.index import MAX_SCAN, Chunk, Span, StoredTensor, stored_tensor
+from mcorefs.index import (
+    MAX_SCAN,
+    MIN_GRID,
+    Chunk,
+    Span,
+    StoredTensor,
+    _Grid,
+    stored_tensor,
+)
 from tests.tilings import boxes, part, pinwheel, raw_chunks, shapes, tilings
 
 
@@ -162,6 +170,49 @@ def grid(shape: Shape, cuts: Shape) -> list[Box]:
         Box(tuple(i * n for i, n in zip(index, sizes, strict=True)), sizes)
         for index in itertools.product(*map(range, cuts))
     ]
+
+
+@st.composite
+def uneven_grids(draw: st.DrawFn) -> tuple[Shape, list[Box]]:
+    """More than MIN_GRID chunks, in any order."""
+    lengths = draw(st.lists(st.lists(st.integers(1, 5), min_size=6, max_size=7), max_size=2))
+    lengths.insert(draw(st.integers(0, len(lengths))), [1, 2, 3, 1, 2, 3] * 6)
+    axes = [list(zip(itertools.accumulate([0, *part]), part, strict=False)) for part in lengths]
+    tiles = [Box(*map(tuple, zip(*cell, strict=True))) for cell in itertools.product(*axes)]
+    return tuple(map(sum, lengths)), draw(st.permutations(tiles))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), uneven_grids())
+def test_a_grid_is_proved_and_searched_as_any_other_tiling(
+    data: st.DataObject, made: tuple[Shape, list[Box]]
+) -> None:
+    shape, tiles = made
+    tensor = built(shape, tiles)
+    assert isinstance(tensor._tree, _Grid)
+    box = data.draw(boxes(shape))
+    found = {chunk.box: held for chunk, held in tensor.overlapping(box)}
+    expected = {tile: tile.intersect(box) for tile in tiles}
+    assert found == {tile: held for tile, held in expected.items() if held is not None}
+    one, other = data.draw(st.tuples(*[st.integers(0, len(tiles) - 1)] * 2))
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    victim = tiles[one]
+    for changed in (
+        [],
+        [victim, victim],
+        [part(victim, {axis: (1, victim.sizes[axis])})],
+        [part(victim, {axis: (0, victim.sizes[axis] + 1)})],
+        [tiles[other]] if one != other else [],
+    ):
+        refusal(shape, raw_chunks([*tiles[:one], *changed, *tiles[one + 1 :]], 2))
+
+
+def test_numbers_beyond_64_bits_are_no_grid() -> None:
+    tiles = [Box((i, 0), (1, 1)) for i in range(2 * MIN_GRID)]
+    for wrong in (Box((1 << 64, 0), (1, 1)), Box((0, 0), (1, 1 << 64)), Box((0,), (1,))):
+        assert "outside" in refusal((2 * MIN_GRID, 1), raw_chunks([*tiles[1:], wrong], 2))
+    spans = [*raw_chunks(tiles[1:], 2), Chunk(tiles[0], Span("f", -1, 2, "torch_zip"))]
+    assert "impossible place" in refusal((2 * MIN_GRID, 1), tuple(spans))
 
 
 @pytest.mark.parametrize("cuts", [(100_000, 1), (1, 100_000), (60, 128, 13), (10, 100, 100)])
