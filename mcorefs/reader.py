@@ -186,6 +186,10 @@ class Reader:
         view.read_into(box, out, self._leaf)
         return out
 
+    def is_ranged(self, view: View) -> bool:
+        """Whether any range of `view` is read with little beside it, and without a server."""
+        return not self._storage.is_remote and not isinstance(self._way_of(view), _Tiled)
+
     def hold(self) -> None:
         """Open the shard files, so that they can be read when they have been deleted."""
         self._storage.hold()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 import mcorefs
+from mcorefs import ReadFault, abreast
 from mcorefs.files import read_all
 from tests.checkpoints import Fixture, ensure
 
@@ -33,6 +39,69 @@ def test_reads_as_safe_open_does(fixture: Fixture) -> None:
             theirs, part = expected.get_slice(name), found.get_slice(name)
             assert part.get_shape() == theirs.get_shape()
             assert part.get_dtype() == theirs.get_dtype()
+
+
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_tensors_are_read_in_shares(
+    fixture: Fixture, dtype: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Straight from the shards, gathered (o_proj, casts) and in tiles, ends within an element."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr(abreast, "PAGE", 1)
+    shared: set[str] = set()
+    with (
+        safe_open(fixture.hf / "model.safetensors", framework="pt") as expected,
+        mcorefs.open(fixture.root, vocab_size=fixture.spec.vocab_size, dtype=dtype) as found,
+    ):
+        for share in (24, 1000):
+            monkeypatch.setattr(abreast, "LEAST_SHARE", share)
+            for name in found.keys():  # noqa: SIM118 (a method)
+                tensor = expected.get_tensor(name)
+                if dtype is not None and not name.endswith("mlp.gate.weight"):
+                    tensor = tensor.to(getattr(torch, dtype))
+                assert torch.equal(found.get_tensor(name), tensor)  # type: ignore[arg-type]
+        shared |= {thread.name for thread in threading.enumerate()}
+    assert any(name.startswith("mcorefs-read") for name in shared)
+    for thread in threading.enumerate():
+        if thread.name.startswith("mcorefs-read"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_what_one_thread_cannot_read_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
+    ended: list[int] = []
+
+    def read(start: int, end: int) -> None:
+        if start == bad:
+            raise ReadFault(f"byte {start}")
+        time.sleep(0.05)
+        ended.append(start)
+
+    crew = abreast.Crew()
+    for bad in (0, 2 << 20):
+        ended.clear()
+        with pytest.raises(ReadFault, match=f"byte {bad}$"):
+            crew.read(4 << 20, read)
+        assert sorted([*ended, bad]) == [0, 1 << 20, 2 << 20, 3 << 20]
+    crew.close()
+
+
+def test_a_forked_process_reads_on(fixture: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As workers of a DataLoader do, with none of the threads of the process they come from."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(4))
+    monkeypatch.setattr(abreast, "LEAST_SHARE", 1000)
+    with mcorefs.open(fixture.root, framework="np") as found:
+        whole = np.asarray(found.get_tensor("lm_head.weight")).tobytes()
+        child = os.fork()
+        if child == 0:
+            same = False
+            try:
+                signal.alarm(20)
+                same = np.asarray(found.get_tensor("lm_head.weight")).tobytes() == whole
+            finally:
+                os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_slices(fixture: Fixture) -> None:
