@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.soak import NAMES, soak
+from scripts.soak import NAMES, Model, soak
 from tests.checkpoints import ensure
 
 MIB = 1 << 20
@@ -13,9 +13,12 @@ ALLOWANCE = 200 * MIB
 
 
 def test_many_readers_of_several_mounts(tmp_path: Path) -> None:
-    fixtures = [*ensure(NAMES).values()]
-    used = soak(fixtures, tmp_path, seconds=6, readers=64, cache="16MiB")
-    assert len(used) == len(fixtures) + 1
-    for most in used:
-        assert 0 < max(most.rss) < 16 * MIB + ALLOWANCE
-        assert max(most.descriptors) < 512 + 64
+    models = [Model.of(fixture) for fixture in ensure(NAMES).values()]
+    came = soak(models, tmp_path, seconds=6, readers=64, cache="16MiB", reads=10_000)
+    assert came.reads >= 10_000
+    assert len(came.served) == len(models) + 1
+    for each, asked in zip(came.served, came.asked, strict=True):
+        assert asked["read_errors"] == 0 < asked["served_bytes"]
+        for rss, descriptors in each.most(3):
+            assert 0 < rss < 16 * MIB + ALLOWANCE
+            assert descriptors < 512 + 64
