@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import mmap
 import os
 import shutil
@@ -20,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from mcorefs.errors import ReadFault
-from mcorefs.files import BytesFile, VirtualFile
+from mcorefs.files import BytesFile, VirtualFile, read_all
 from mcorefs.mount import MountOptions, mounted, mounting
 from mcorefs.tree import VirtualTree
 from tests.checkpoints import Fixture, ensure
@@ -282,6 +283,127 @@ def test_nothing_can_be_written(libfuse: None, place: Path) -> None:
         assert (mnt / "config.json").read_bytes() == CONFIG
         found = (mnt / "config.json").stat()
         assert (found.st_mode & 0o777, found.st_uid) == (0o444, os.geteuid())
+
+
+# --- names: what a kernel's own file system says, mounted read-only -----------------------------
+
+PLACES = {
+    "of a file": "config.json",
+    "of a file below": "sub/file.txt",
+    "of a file, slash": "config.json/",
+    "of a directory": "sub",
+    "of a directory, slash": "sub/",
+    "of the root": ".",
+    "dot": "sub/.",
+    "dot dot": "sub/..",
+    "nothing": "",
+    "of none": "none",
+    "of none, slash": "none/",
+    "below none": "none/x",
+    "below a file": "config.json/x",
+    "as long as may be": "x" * 255,
+    "too long": "x" * 256,
+    "far too long": "x" * 2000,
+    "below what is too long": "x" * 256 + "/x",
+    "too long a path": "/".join(["x" * 200] * 25),
+}
+
+
+def calls_of(root: Path, name: str) -> dict[str, Callable[[], object]]:
+    """Every call that takes a name, with that one."""
+    path, other, new = f"{root}/{name}" if name else "", f"{root}/config.json", f"{root}/new"
+    return {
+        "open": lambda: os.open(path, os.O_RDONLY),
+        "open O_DIRECTORY": lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY),
+        "open O_NOFOLLOW": lambda: os.open(path, os.O_RDONLY | os.O_NOFOLLOW),
+        "open O_PATH": lambda: os.open(path, os.O_PATH),
+        "open O_WRONLY": lambda: os.open(path, os.O_WRONLY),
+        "open O_TRUNC": lambda: os.open(path, os.O_RDONLY | os.O_TRUNC),
+        "open O_CREAT": lambda: os.open(path, os.O_WRONLY | os.O_CREAT, 0o644),
+        "open O_EXCL": lambda: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644),
+        "stat": lambda: os.stat(path),
+        "lstat": lambda: os.lstat(path),
+        "access R_OK": lambda: call("access", path, os.R_OK),
+        "access W_OK": lambda: call("access", path, os.W_OK),
+        "access X_OK": lambda: call("access", path, os.X_OK),
+        "readlink": lambda: os.readlink(path),
+        "opendir": lambda: os.listdir(path),
+        "chdir": lambda: os.chdir(path),
+        "statvfs": lambda: os.statvfs(path),
+        "mkdir": lambda: os.mkdir(path),
+        "rmdir": lambda: os.rmdir(path),
+        "unlink": lambda: os.unlink(path),
+        "mkfifo": lambda: os.mkfifo(path),
+        "mknod": lambda: os.mknod(path, stat.S_IFREG | 0o644),
+        "link from": lambda: os.link(path, new),
+        "link to": lambda: os.link(other, path),
+        "symlink": lambda: os.symlink("config.json", path),
+        "rename from": lambda: os.rename(path, new),
+        "rename to": lambda: os.rename(other, path),
+        "rename to itself": lambda: os.rename(path, path),
+        "chmod": lambda: os.chmod(path, 0o644),
+        "chown": lambda: os.chown(path, 1, 1),
+        "lchown": lambda: os.lchown(path, 1, 1),
+        "truncate": lambda: os.truncate(path, 0),
+        "utimensat": lambda: os.utime(path, ns=(1, 1)),
+    }
+
+
+def answers(root: Path, uid: int) -> dict[str, str]:
+    """What that user is answered to each call with each name."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        found = {}
+        try:
+            os.setgroups([])
+            os.setgid(uid)
+            os.setuid(uid)
+            for what, name in PLACES.items():
+                for way, ask in calls_of(root, name).items():
+                    try:
+                        ask()
+                        found[f"{way} {what}"] = "done"
+                    except OSError as error:
+                        found[f"{way} {what}"] = errno.errorcode[error.errno or 0]
+        finally:
+            with os.fdopen(writing, "w") as out:
+                json.dump(found, out)
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said: dict[str, str] = json.load(pipe)
+    os.waitpid(pid, 0)
+    assert len(said) > len(PLACES) * 30
+    return said
+
+
+@pytest.fixture
+def other(place: Path) -> Iterator[Path]:
+    """The same files on a tmpfs that is mounted read-only."""
+    other = place / "tmpfs"
+    other.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(other)], check=True)
+    for name, file in make_tree().files.items():
+        (other / name).parent.mkdir(exist_ok=True)
+        (other / name).write_bytes(read_all(file))
+        (other / name).chmod(0o444)
+    for directory in (other / "sub", other):
+        directory.chmod(0o555)
+    options = "remount,ro,nosuid,nodev,noexec"
+    subprocess.run(["mount", "-o", options, str(other)], check=True)
+    yield other
+    subprocess.run(["umount", str(other)], check=True)
+
+
+@pytest.mark.parametrize("uid", [0, NOBODY], ids=["root", "nobody"])
+def test_names_are_answered_as_elsewhere(libfuse: None, place: Path, other: Path, uid: int) -> None:
+    with mounting(make_tree(), place / "mnt", MountOptions(allow_other=True)) as mnt:
+        for _ in range(2):  # the kernel may know the second time
+            found, expected = answers(mnt, uid), answers(other, uid)
+            assert {k: v for k, v in found.items() if v != expected[k]} == {}
+    assert expected["open too long"] == "ENAMETOOLONG"
+    assert expected["open below a file"] == "ENOTDIR"
+    assert expected["mkdir of none"] == "EROFS"
 
 
 # --- the daemon -----------------------------------------------------------------------------

@@ -29,6 +29,8 @@ _PYBUF_WRITE = 0x200
 _memory_at = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory_at.restype = ctypes.py_object
 _memory_at.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+NAME_MAX = 255
+"""Bytes of a name, as on other file systems; the kernel's own limit for FUSE is 1024."""
 
 
 class ConnectionInfo(Protocol):
@@ -204,7 +206,7 @@ class Operations:
             "f_frsize": BLOCK,
             "f_blocks": -(-self.nodes.total_bytes // BLOCK),
             "f_files": self.nodes.count,
-            "f_namemax": 255,
+            "f_namemax": NAME_MAX,
         }
 
     def _refuse(self, *arguments: object) -> NoReturn:
@@ -220,7 +222,9 @@ class Operations:
         else:
             node = self.nodes.at(path or "") or self.status.at(path or "")
         if node is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+            is_long = len(os.fsencode((path or "").rpartition("/")[2])) > NAME_MAX
+            number = errno.ENAMETOOLONG if is_long else errno.ENOENT
+            raise OSError(number, os.strerror(number))
         return node
 
 
