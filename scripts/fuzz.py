@@ -1,4 +1,5 @@
-"""Damages one file of a real checkpoint at a time, and looks whether what it promises still holds.
+"""Damages one file of a real checkpoint at a time, and looks whether what it promises still holds;
+then feeds each parser alone, led by its coverage (`scripts.fuzzing`).
 
 What holds of any damage to what describes a checkpoint (not to the elements, which nothing but
 their checksums protect): it is refused with words, in bounded time; or it opens, and then each
@@ -10,14 +11,17 @@ queries there are): there, nothing but words and time are asked for.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import random
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +31,12 @@ from mcorefs.formats.torch_dist import TorchDist
 from mcorefs.model import Options
 from mcorefs.storage import Storage
 from mcorefs.tree import open_tree
+from scripts.fuzzing.parsers import PARSERS
 from tests.checkpoints import Fixture, ensure
 
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = Path.home() / ".cache" / "mcorefs-fuzz"
+"""What parsers were led to so far, for the next time."""
 MAX_SECONDS = 20.0
 """Of the processor, for one look."""
 
@@ -234,19 +242,11 @@ def mutated(rng: random.Random, data: bytes, ranges: list[tuple[int, int]]) -> b
     return bytes(changed) if is_whole else bytes(changed[: len(data)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--seed", type=int, help="look at this one only, of --target")
-    given = parser.parse_args()
-    names = [given.target] if given.target else list(TARGETS)
+def damage(names: Sequence[str], seconds: float) -> int:
+    """Damages these targets for so long; how many findings there are."""
     with tempfile.TemporaryDirectory(prefix="mcorefs-fuzz-") as directory:
         bench = Bench(Path(directory))
-        if given.seed is not None:
-            print(bench.look(names[0], given.seed) or "nothing")
-            return
-        end = time.monotonic() + given.seconds
+        end = time.monotonic() + seconds
         seed, count, found = random.SystemRandom().randrange(1 << 40), 0, 0
         while time.monotonic() < end:
             for name in names:
@@ -255,8 +255,55 @@ def main() -> None:
                     print(f"--target {name!r} --seed {seed}\n{finding.what}", flush=True)
                 count += 1
             seed += 1
-        print(f"{count} damaged checkpoints, {found} findings")
-        sys.exit(1 if found else 0)
+    print(f"{count} damaged checkpoints, {found} findings", flush=True)
+    return found
+
+
+def guided(names: Sequence[str], seconds: float) -> int:
+    """Looks for bytes that break these parsers, for so long in all; how many were broken."""
+    if importlib.util.find_spec("atheris") is None:
+        print("parsers are fuzzed with atheris, which has wheels for Linux on x86_64 only")
+        return 0
+    found = 0
+    for name in names:
+        crashes = ROOT / "tests/crashes" / name
+        before = {*crashes.glob("*")}
+        command = [sys.executable, "-m", "scripts.fuzzing.guided", name, str(CORPUS / name)]
+        command += [str(crashes), f"-max_total_time={max(int(seconds / len(names)), 1)}"]
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+        )
+        said = done.stdout.decode(errors="replace")
+        runs = re.findall(r"number_of_executed_units: (\d+)", said)
+        print(f"{name}: {' '.join(runs) or 'no'} runs", flush=True)
+        if done.returncode:
+            found += 1
+            broken = "Uncaught Python exception"
+            print(said[said.index(broken) :] if broken in said else said[-3000:])
+            print(*({*crashes.glob("*")} - before), flush=True)
+        elif not any(crashes.iterdir()):
+            crashes.rmdir()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--target", choices=TARGETS, help="damage this one only")
+    parser.add_argument("--seed", type=int, help="look at this one only, of --target")
+    parser.add_argument("--parser", choices=PARSERS, help="feed this one only")
+    given = parser.parse_args()
+    if given.seed is not None:
+        with tempfile.TemporaryDirectory(prefix="mcorefs-fuzz-") as directory:
+            print(Bench(Path(directory)).look(given.target, given.seed) or "nothing")
+        return
+    found = 0
+    share = given.seconds if given.target or given.parser else given.seconds / 2
+    if given.target or not given.parser:
+        found += damage([given.target] if given.target else list(TARGETS), share)
+    if given.parser or not given.target:
+        found += guided([given.parser] if given.parser else list(PARSERS), share)
+    sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":
