@@ -287,14 +287,9 @@ class _Headers:
             kind = header[156:157]
             start, nbytes = at + _BLOCK, self._number(header[124:136])
             if kind in (b"x", b"g", b"L"):
-                data = self._extended(start, nbytes)
-                found = {"path": _text(data)} if kind == b"L" else self._records(data)
-                if kind != b"g":
-                    said |= found
-                elif found.keys() & {"path", "size", "linkpath"}:
-                    raise self.problem("a global header names its members")
+                self._describe(said, kind, self._extended(start, nbytes))
             else:
-                name = said.get("path") or _name(header)
+                name = said["path"] if "path" in said else _name(header)
                 nbytes = self._stated(said.get("size"), nbytes)
                 if kind not in (b"0", b"\0", b"5") or (kind == b"5" and nbytes):
                     raise self.problem(f"{name!r:.120} is {_KINDS.get(kind, f'of type {kind!r}')}")
@@ -353,6 +348,18 @@ class _Headers:
         if nbytes > _MAX_EXTENDED:
             raise self.problem(f"an extended header has {nbytes} bytes")
         return self._data(start, nbytes, "an extended header")
+
+    def _describe(self, said: dict[str, str], kind: bytes, data: bytes) -> None:
+        """Add to what is `said` of the next member what an extended header says of it."""
+        found = {"path": _text(data)} if kind == b"L" else self._records(data)
+        if kind == b"g":
+            if found:
+                raise self.problem("a global header names its members")
+        elif found.keys() & said.keys() or found.get("path") == "":
+            # Readers differ in which they believe.
+            raise self.problem("extended headers give a member two names or sizes, or none")
+        else:
+            said |= found
 
     def _records(self, data: bytes) -> dict[str, str]:
         """Records "LENGTH KEY=VALUE\\n" of an extended header, those that matter."""
