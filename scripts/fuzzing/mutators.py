@@ -13,6 +13,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 Mutate = Callable[[random.Random, bytes], bytes]
@@ -56,21 +57,21 @@ def pickled(rng: random.Random, data: bytes) -> bytes:
     return b"".join(ops)
 
 
-def opcodes(data: bytes) -> list[bytes]:
-    """The pickle, opcode by opcode, as far as it is one; frames are left out."""
+def opcodes(data: bytes, frames: bool = False) -> list[bytes]:
+    """The pickle, opcode by opcode, as far as it is one; with or without its frames."""
     found: list[bytes] = []
-    last = at = 0
+    starts: list[int] = []
+    ends = 0
     try:
         for code, _, place in pickletools.genops(data):
-            assert place is not None
-            if place > last:
-                found.append(data[last:place])
-            last, at = place, place + 1
-            if code.name == "FRAME":
-                last = at = place + 9
+            starts.append(place or 0)
+            ends = len(data) if code.name == "STOP" else ends
     except Exception:
-        at = len(data)
-    return [*found, data[last : max(at, last)], *([data[at:]] if at < len(data) else [])]
+        ends = len(data)
+    for start, end in pairwise([*starts, ends]):
+        if frames or data[start] != 0x95:
+            found.append(data[start:end])
+    return found
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:

@@ -21,6 +21,7 @@ from mcorefs import lightning, steps, tar, torchzip, tracker, unpickle
 from mcorefs.encoding import CODECS, Encoding, EncodingError, decode
 from mcorefs.errors import CheckpointError, McorefsError
 from mcorefs.formats.base import Checkpoint
+from mcorefs.formats.dcp import PLANS
 from mcorefs.formats.fsdp_dtensor import FsdpDtensor
 from mcorefs.formats.huggingface import HuggingFace
 from mcorefs.formats.torch_dist import TorchDist
@@ -29,7 +30,8 @@ from mcorefs.formats.zarr import Zarr
 from mcorefs.locate import Location
 from mcorefs.mapping import tokenizer
 from mcorefs.mapping.reference import own_code, read_reference
-from mcorefs.pickle_objects import Built
+from mcorefs.pickle_objects import Built, Without
+from mcorefs.records import MetadataIndex
 from mcorefs.trainers import TRAINERS
 from mcorefs.verify.integrity import read_manifest
 from scripts.fuzzing import mutators, seeds
@@ -51,27 +53,63 @@ class Parser:
 
 
 def _pickle(data: bytes, _: Path) -> None:
-    """Series of objects that are made in one step are what their opcodes make one by one."""
-    by_opcode = _by_opcode(data)
-    for until, without in ((None, None), ("all_local_plans", lambda fqn: "_extra_state" in fqn)):
-        found = _loaded(partial(unpickle.loads, data, "it", until=until, without=without))
-        if found is None or by_opcode is None:
-            continue
-        other = _loaded(partial(unpickle.loads, by_opcode, "it", until=until, without=None))
-        if other is not None and without is None:
-            assert shown(found[0]) == shown(other[0]), "series of opcodes make something else"
-    unpickle.loads(data, "it", storages=True)
+    """Series of objects that are made in one step are what their opcodes make one by one; and what
+    is needed of a `.metadata` is the same if the rest is passed over."""
+    by_opcode = _loaded(_by_opcode(data))
+    if isinstance(by_opcode, CheckpointError):
+        raise by_opcode
+    if _is_taken(found := _loaded(data)):
+        assert shown(found) == shown(by_opcode), "a series of opcodes makes something else"
+    for without in (_is_needless, lambda fqn: True):
+        if _is_taken(part := _loaded(data, PLANS, without)):
+            some, all_ = _needed(part, without), _needed(by_opcode, without)
+            assert some == all_, f"{some} where all is read: {all_}"
 
 
-def _loaded(load: Callable[[], object]) -> tuple[object] | None:
-    with suppress(CheckpointError):
-        return (load(),)
-    return None
+def _is_taken(found: object) -> bool:
+    """Whether it was read. Series may be refused where single opcodes are not, for one reason; and
+    frames where the other pickle, which is longer, has room for them."""
+    if not isinstance(found, CheckpointError):
+        return True
+    assert "once more" in str(found) or "the frame at" in str(found), found
+    return False
 
 
-def _by_opcode(data: bytes) -> bytes | None:
+def _is_needless(fqn: str) -> bool:
+    return "_extra_state" in fqn or "optim" in fqn
+
+
+def _needed(metadata: object, without: Callable[[str], bool]) -> object:
+    """The entries of a `.metadata`, and where they lie."""
+    if not isinstance(metadata, unpickle.Metadata):
+        return shown(metadata) if metadata is None or isinstance(metadata, int | str) else None
+    entries = getattr(metadata, "state_dict_metadata", None)
+    places = getattr(metadata, "storage_data", None)
+    if not (isinstance(entries, dict) and isinstance(places, dict)):
+        return None
+    described = {
+        fqn: shown(entry)
+        for fqn, entry in entries.items()
+        if not (isinstance(fqn, str) and without(fqn))
+    }
+    lies = [
+        shown((index.fqn, index.offset, place))
+        for index, place in places.items()
+        if isinstance(index, MetadataIndex) and not (type(index.fqn) is str and without(index.fqn))
+    ]
+    return described, lies
+
+
+def _loaded(data: bytes, until: str | None = None, without: Without | None = None) -> object:
+    try:
+        return unpickle.loads(data, "it", storages=True, until=until, without=without)
+    except CheckpointError as problem:
+        return problem
+
+
+def _by_opcode(data: bytes) -> bytes:
     """The same pickle with another opcode for putting into the memo, as no series has it."""
-    ops = mutators.opcodes(data)
+    ops = mutators.opcodes(data, frames=True)
     count = 0
     for at, op in enumerate(ops):
         if op[:1] == b"\x94" and len(op) == 1:
