@@ -14,7 +14,7 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from scripts.benchmarks import opening, reading, writing
+from scripts.benchmarks import opening, peers, reading, writing
 from scripts.benchmarks.bench import Bench
 from scripts.benchmarks.report import Report
 
@@ -28,7 +28,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "random": reading.random_reads,
     "threads": reading.many_threads,
     "materialize": writing.materialize,
-    "peers": writing.peers,
+    "peers": peers.peers,
     "api": reading.api,
     "idle": reading.idle,
     "metadata": opening.metadata,
@@ -54,7 +54,8 @@ def main() -> None:
     # What is installed has been compiled: so is what is measured.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     suffix = "-small" if options.size == "small" else ""
-    bench = Bench(options.dir, options.rounds, suffix, Report(machine(), "", options.rounds))
+    report = Report(machine(), "", options.rounds)
+    bench = Bench(options.dir, options.rounds, suffix, report)
     sizes = f"{bench.moe.nbytes / 1e9:.2f} GB of Qwen3-MoE, {bench.transposed.nbytes / 1e9:.2f} GB"
     bench.report.data = f"{sizes} of gpt-oss"
     for name in options.only or SECTIONS:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,27 +243,34 @@ def in_turns(rounds: int, *sides: Callable[[], float]) -> list[float]:
     return [statistics.median(figures) for figures in found]
 
 
-def child(*command: str | Path, timeout: float = 300) -> tuple[float, float, str]:
+def child(
+    *command: str | Path, timeout: float = 300, env: Mapping[str, str] | None = None
+) -> tuple[float, float, str]:
     """(seconds, peak resident MiB, what it printed) of a command that must succeed."""
-    started = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    deadline, peak = time.monotonic() + timeout, 0.0
-    while True:
-        # Not ru_maxrss: before it becomes another program, a child has the memory of this one.
-        with suppress(OSError, IndexError):
-            text = Path(f"/proc/{process.pid}/status").read_text()
-            peak = int(text.split("VmHWM:")[1].split()[0]) / 1024
-        pid, status, _ = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            break
-        if time.monotonic() > deadline:
-            process.kill()
-            raise RuntimeError(f"no end after {timeout} s: {command}")
-        time.sleep(0.005)
-    seconds, process.returncode = time.perf_counter() - started, os.waitstatus_to_exitcode(status)
-    text = process.stdout.read()
-    process.stdout.close()
-    if process.returncode:
-        raise RuntimeError(f"{command} ended with {process.returncode}")
-    return seconds, peak, text
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, stdout=printed, stderr=log, env=env
+        )
+        deadline, peak = time.monotonic() + timeout, 0.0
+        while True:
+            # Not ru_maxrss: before it becomes another program, a child has the memory of this one.
+            with suppress(OSError, IndexError):
+                text = Path(f"/proc/{process.pid}/status").read_text()
+                peak = int(text.split("VmHWM:")[1].split()[0]) / 1024
+            pid, status, _ = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                raise RuntimeError(f"no end after {timeout} s: {command}")
+            time.sleep(0.005)
+        seconds = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        log.seek(0)
+        if process.returncode:
+            said = log.read().decode(errors="replace")
+            raise RuntimeError(f"{command} ended with {process.returncode}\n{said[-2000:]}")
+        return seconds, peak, printed.read().decode()
