@@ -6,6 +6,7 @@ Canonical: TransformerEngine-style names, one per layer and one per expert, gate
     decoder.layers.{l}.mlp.linear_fc1.weight                 [2F, H]: gate rows, then up rows
     decoder.layers.{l}.mlp.experts.{e}.linear_fc1.weight     [2F, H]
     mtp.layers.{i}.transformer_layer.mlp.linear_fc1.weight   [2F, H]: no layer axis, ever
+    decoder.layers.{l}.self_attention.linear_qkv.weight._gate  [heads, H]: where heads have gates
     decoder.layers.{l}.self_attention.in_proj.weight.joined  query, key, value, z, beta, alpha
     decoder.layers.{l}.self_attention.conv1d.weight.joined   query, key, value
     decoder.layers.{l}.mixer.in_proj.weight.joined           z, x, B, C, dt
@@ -20,8 +21,9 @@ Knows no model family. Layout facts, all in Megatron-LM:megatron/core/:
 transformer/transformer_block.py (layer axis), transformer/moe/experts.py (expert axis, the doubled
 `experts.experts`), ssm/gated_delta_net.py and ssm/mamba_mixer.py (sections), transformer/mlp.py
 apply_swiglu_sharded_factory (gate and up; `_w`/`_v` keys), transformer/multi_token_prediction.py
-(what is around the layer inside); and in Megatron-Bridge:src/megatron/bridge/models/qwen_vl/
-modelling_qwen3_vl/transformer_block.py (the axis of deepstack mergers).
+(what is around the layer inside), on the branch dev transformer/attention.py
+apply_head_wise_attn_gate_sharded_factory (`_qkv` and `_gate`); and in Megatron-Bridge:src/megatron/
+bridge/models/qwen_vl/modelling_qwen3_vl/transformer_block.py (the axis of deepstack mergers).
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ _SECTION = re.compile(
     rf"\.({'|'.join(sorted({part for parts in _SECTIONS.values() for part in parts}))})$"
 )
 _SPLIT = re.compile(r"(.*\.linear_fc1\.(?:weight|bias))_([wv])$")
+_GATED = re.compile(r"(.*\.linear_qkv\.(?:weight|bias))\._(qkv|gate)$")
 
 
 Named = list[tuple[str, StoredTensor]]
@@ -94,7 +97,8 @@ def build(
     base, adapter = _split(stored)
     layers = _by_layer(base, fc1_ranks or {})
     experts = _joined_halves(_counted(_by_expert(layers)), problems)
-    tensors = _unique(_joined_sections(experts, problems), problems)
+    named = _without_gates(_joined_sections(experts, problems), problems)
+    tensors = _unique(named, problems)
     added = _unique(_counted(_by_expert(_by_layer(adapter, {}))), problems)
     return Catalog(tensors, tuple(problems), added)
 
@@ -211,3 +215,18 @@ def _joined_sections(
             problems.append(f"{name}.{{{','.join(expected)}}} do not fit together: {problem}")
             continue
         yield f"{name}.joined", joined
+
+
+def _without_gates(
+    tensors: Iterator[tuple[str, View]], problems: list[str]
+) -> Iterator[tuple[str, View]]:
+    """`linear_qkv.weight._qkv`, which gates of heads lie beside -> `linear_qkv.weight`."""
+    found: dict[str, set[str]] = {}
+    for name, view in tensors:
+        match = _GATED.match(name)
+        if match:
+            found.setdefault(match[1], set()).add(match[2])
+        yield match[1] if match and match[2] == "qkv" else name, view
+    for name, parts in found.items():
+        if missing := {"qkv", "gate"} - parts:
+            problems.append(f"{name}._{missing.pop()} is missing beside its other part")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mcorefs.formats.torch_legacy import delta_net, mamba
+from mcorefs.formats.torch_legacy import delta_net, head_gates, mamba
 from mcorefs.formats.torch_legacy.tensor_parallel import Part
 from mcorefs.names import Expert, expert_of
 
@@ -26,12 +26,12 @@ _TRANSPOSED = re.compile(r"(.+\.experts)\.weight([12])$")
 
 
 def experts_of(
-    parts: Mapping[str, Part], ep: int, problems: list[str]
+    parts: Mapping[str, Part], ep: int, args: Mapping[str, object], problems: list[str]
 ) -> tuple[dict[str, Part], dict[Expert, Part]]:
     """(all that is no expert's, all that is an expert's) of what a rank holds, of `ep` ranks.
 
-    Experts have the numbers that they have on the rank; gated delta nets and Mamba mixers are
-    divided.
+    Experts have the numbers that they have on the rank; gated delta nets, Mamba mixers and what
+    holds gates of heads are divided.
     """
     dense: dict[str, Part] = {}
     experts: dict[Expert, Part] = {}
@@ -54,7 +54,8 @@ def experts_of(
                 experts[match[1], number, f"linear_fc{match[2]}.weight"] = stack.select(number)
         else:
             dense[name] = part
-    return mamba.divided(delta_net.divided(dense, problems), problems), experts
+    mixers = mamba.divided(delta_net.divided(dense, problems), problems)
+    return head_gates.divided(mixers, args, problems), experts
 
 
 def _untransposed(which: str, part: Part, count: int) -> Part | None:

@@ -16,6 +16,7 @@ from mcorefs.formats.torch_legacy.ranks import Ranks
 from mcorefs.formats.torch_legacy.stages import expert_counts, global_name, numbered
 from mcorefs.formats.torch_legacy.tensor_parallel import Cut, Part, how_cut
 from mcorefs.index import stored_tensor
+from mcorefs.names import Expert
 
 
 def between_ranks(ranks: Ranks, first_layers: Mapping[tuple[int, int], int]) -> Iterator[Replica]:
@@ -23,22 +24,26 @@ def between_ranks(ranks: Ranks, first_layers: Mapping[tuple[int, int], int]) -> 
 
     `first_layers`: number of the first layer of each (pipeline rank, virtual stage).
     """
+
+    def parts(file: RankFile, stage: int) -> tuple[dict[str, Part], dict[Expert, Part]]:
+        return experts_of(file.stages[stage], ranks.ep, ranks.args, [])
+
     for (tp, pp, ep), file in ranks.places.items():
         served = ranks.dense[tp, pp]
         holder = ranks.experts.get((tp % ranks.etp, pp, ep))
         for stage in range(ranks.virtual):
             first = first_layers[pp, stage]
-            dense, experts = experts_of(file.stages[stage], ranks.ep, [])
+            dense, experts = parts(file, stage)
             if file is not served:
-                others = experts_of(served.stages[stage], ranks.ep, [])[0]
+                others = parts(served, stage)[0]
                 yield from _copies(dense, file, others, served, first)
             elif tp > 0:
-                others = experts_of(ranks.dense[0, pp].stages[stage], ranks.ep, [])[0]
+                others = parts(ranks.dense[0, pp], stage)[0]
                 whole = _whole(dense, ranks.tp, ranks.args)
                 yield from _copies(whole, file, others, ranks.dense[0, pp], first)
             if holder is not None and holder is not file:
                 counts = expert_counts(experts)
-                local = experts_of(holder.stages[stage], ranks.ep, [])[1]
+                local = parts(holder, stage)[1]
                 one, other = (numbered(held, counts, ep) for held in (experts, local))
                 yield from _copies(one, file, other, holder, first)
 

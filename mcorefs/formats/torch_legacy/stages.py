@@ -49,7 +49,7 @@ def stage_tensors(
     """The tensors of one virtual pipeline stage, under their global names."""
 
     def parts(file: RankFile) -> tuple[dict[str, Part], dict[Expert, Part]]:
-        return experts_of(file.stages[stage], ranks.ep, problems)
+        return experts_of(file.stages[stage], ranks.ep, ranks.args, problems)
 
     dense = [(file, parts(file)[0]) for file in (ranks.dense[t, pp] for t in range(ranks.tp))]
     yield from _joined(dense, lambda name: global_name(name, first_layer), ranks.args, problems)

@@ -117,7 +117,9 @@ _CUTS = {
     **dict.fromkeys(
         (f"weight.{part}" for part in ("query", "key", "value", "z", "beta", "alpha")), Cut.ROWS
     ),
-    **dict.fromkeys((f"weight.{part}" for part in ("x", "B", "C", "dt")), Cut.ROWS),
+    **dict.fromkeys(
+        (f"weight.{part}" for part in ("x", "B", "C", "dt", "_qkv", "_gate")), Cut.ROWS
+    ),
     **dict.fromkeys((f"bias.{part}" for part in ("x", "B", "C")), Cut.ROWS),
     **dict.fromkeys((f"self_attention.{name}" for name in ("A_log", "dt_bias")), Cut.ROWS),
     **{
