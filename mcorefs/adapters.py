@@ -343,6 +343,11 @@ class _Merger:
         groups, queries, keys = (dims.get(name) for name in ("groups", "q_rows", "kv_rows"))
         if not (groups and queries and keys):
             raise ValueError("the number of heads is not known")
+        proj = self.base.get(f"{self.module.removesuffix('qkv')}proj.weight")
+        if proj is not None and proj.shape[-1] != queries:
+            raise ValueError(
+                f"it has other heads than those of other layers, {queries} rows in all"
+            )
         sizes = (queries // groups, keys // groups, keys // groups)
         grouped = Unflatten(self.weight, 0, (groups, sum(sizes)))
         start, found = 0, []

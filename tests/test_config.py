@@ -218,6 +218,11 @@ OTHERWISE: Mapping[str, object] = {
     "mlp_multipliers": [1.7, 0.8838834764831844],
     "ssm_multipliers": [1.3, 0.85, 0.5, 1.9, 0.4],
     "mamba_norm_before_gate": True,
+    "partial_rotary_factors": [0.25] * 4,
+    "swiglu_limits": [0.001] * 4,
+    "swiglu_limits_shared": [0.001] * 4,
+    "moe_top_k": 2,
+    "moe_router_scaling_factor": 0.5,
 }
 """Changes no tensor, only what is computed with it."""
 UNREAD = {("deepseek_v2", "norm_topk_prob")}

@@ -82,21 +82,19 @@ SLIDING = {"window_size": [512, 0], "num_attention_heads": 96, "num_query_groups
 
 
 @pytest.mark.parametrize(
-    ("args", "named", "reference", "hint"),
+    ("named", "reference", "hint"),
     [
-        ({}, "step3p5", NO_REFERENCE, None),
-        ({}, None, Reference({"model_type": "step3p5"}, "--hf-config"), "glm4_moe"),
-        ({}, None, NO_REFERENCE, "step3p5"),
-        ({"head_wise_attn_gate": True}, None, NO_REFERENCE, None),
-        ({"sliding_attention_setting": SLIDING}, None, NO_REFERENCE, None),
+        ("step3p7", NO_REFERENCE, None),
+        (None, Reference({"model_type": "step3p7"}, "--hf-config"), "step3p5"),
+        (None, NO_REFERENCE, "step3p7"),
     ],
 )
-def test_a_step_3_5_is_refused_by_name(
-    args: Mapping[str, object], named: str | None, reference: Reference, hint: str | None
+def test_a_step_3_7_is_refused_by_name(
+    named: str | None, reference: Reference, hint: str | None
 ) -> None:
     tensors = step35(full=8, sliding=12)
-    facts, _, _ = gather(tensors, args, NO_REFERENCE)
-    with pytest.raises(MappingError, match=r"it is a step3p5, which is not supported yet: its lay"):
+    facts, _, _ = gather(tensors, {}, NO_REFERENCE)
+    with pytest.raises(MappingError, match=r"it is a step3p7, which is not supported yet: what se"):
         choose(tensors, facts, named, reference, hint)
 
 

@@ -326,6 +326,7 @@ def test_slime(moe: Fixture, tmp_path: Path) -> None:
         ("Qwen3MoEConfig", "qwen3_moe"),
         ("megatron.bridge.models.falcon_h1.falconh1_provider.FalconH1ModelProvider", "falcon_h1"),
         ("megatron.bridge.models.stepfun.step35_provider.Step35ModelProvider", "step3p5"),
+        ("megatron.bridge.models.stepfun.step37_provider.Step37ModelProvider", "step3p7"),
         ("nemo.collections.llm.gpt.model.llama_embedding.Llama32EmbeddingConfig1B", None),
         ("megatron.bridge.models.qwen_vl.qwen3_vl_provider.Qwen3VLModelProvider", "qwen3_vl"),
         ("megatron.bridge.models.gpt_provider.GPTModelProvider", None),

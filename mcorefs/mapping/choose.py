@@ -11,6 +11,7 @@ from mcorefs.errors import MappingError
 from mcorefs.mapping.families import FAMILIES
 from mcorefs.mapping.families.falcon_h1 import FALCON_H1
 from mcorefs.mapping.families.nemotron_h import NEMOTRON_H
+from mcorefs.mapping.families.step3p5 import STEP3P5
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.plan import against, doubts
 from mcorefs.mapping.reference import Reference
@@ -25,16 +26,21 @@ _OTHERS: Mapping[str, str] = {
 """What else Megatron trains, by the beginning of a tensor's name (in its layer, if it is in one):
 Megatron-LM:megatron/core/models/{T5/t5_model,bert/bert_model,multimodal/llava_model}.py."""
 _NOT_YET: Mapping[str, str] = {
-    "step3p5": (
-        "its layers of full and of sliding attention have different numbers of heads, and heads "
-        "have gates among the rows of linear_qkv. Megatron-Bridge can export it, but keeps one "
-        "gate of each head, which loses what was trained where attention_output_gate is set: "
-        "there each element of a head has its own"
+    "step3p7": (
+        "what sees for it has no place here; its language model is a Step-3.5, which is supported "
+        "by itself (step3p5)"
     ),
 }
-"""Families that trainers name, and why they are not here: Megatron-Bridge:src/megatron/bridge/
-models/stepfun/step35_provider.py, models/conversion/param_mapping.py split_qkvg_weights."""
+"""Families that trainers name, and why they are not here."""
 _STEP35_ARGUMENTS = ("head_wise_attn_gate", "sliding_attention_setting")
+_GATES_OF_ELEMENTS = (
+    "it is a Step-3.5 that was trained with attention_output_gate, which gives each element of a "
+    "head a gate of its own, where the Hugging Face model has one gate for each head: Megatron-"
+    "Bridge does so where its megatron-core knows no head_wise_attn_gate. Its export keeps the "
+    "first gate of each head, which loses what the others have learnt"
+)
+"""Megatron-Bridge:src/megatron/bridge/models/stepfun/step35_bridge.py provider_bridge, models/
+conversion/param_mapping.py split_qkvg_weights."""
 _HYBRIDS: Mapping[str, Family] = {
     r"(?:.*\.)?mamba_mixer\.": FALCON_H1,
     r"(?:.*\.)?mixer\.": NEMOTRON_H,
@@ -89,13 +95,14 @@ def choose(
 def _refuse_what_is_not_yet(
     facts: Facts, named: str | None, model_type: object, hint: str | None
 ) -> None:
-    """Raises MappingError for a family of `_NOT_YET`, by the first that names any, or else by its
-    arguments."""
+    """Raises MappingError for a family of `_NOT_YET`, by the first that names any, and for a
+    Step-3.5, by its name or its arguments, whose gates no Hugging Face model has."""
     name = named or model_type or hint
-    if name is None and any(facts.arg(one) for one in _STEP35_ARGUMENTS):
-        name = "step3p5"
     if (why := _NOT_YET.get(str(name))) is not None:
         raise MappingError(f"it is a {name}, which is not supported yet: {why}", [])
+    is_step = STEP3P5.is_called(name) or any(facts.arg(one) for one in _STEP35_ARGUMENTS)
+    if is_step and facts.arg("attention_output_gate"):
+        raise MappingError(_GATES_OF_ELEMENTS, [])
 
 
 def _shown(tensors: Mapping[str, View], facts: Facts) -> Choice:

@@ -155,8 +155,8 @@ def _agree(stated: object | None, value: object) -> bool:
 
 def _add_rope_parameters(config: dict[str, object]) -> None:
     """The transformers 5 spelling of rope_theta and rope_scaling, beside the hub's."""
-    if "rope_theta" not in config:
-        return
+    if "rope_theta" not in config or isinstance(config["rope_theta"], list):
+        return  # of each layer, which is not said in such words
     scaling = config.get("rope_scaling")
     if (section := config.pop("mrope_section", None)) is not None:
         stated = scaling if isinstance(scaling, dict) else {"rope_type": "default"}

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
-from mcorefs.mapping import latent, mamba
+from mcorefs.mapping import grouped, latent, mamba
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
@@ -66,7 +67,8 @@ def gather(
     """
     args = {name: value for name, value in args.items() if value is not None}
     seen, reference = reference.section(VISION), reference.text
-    first = _first_layer_with(tensors)
+    sliding = grouped.sliding_layers(args, reference)
+    first = _first_layer_with(tensors, sliding)
     dims: dict[str, int] = {}
     remarks: list[str] = []
     problems: list[str] = []
@@ -80,7 +82,10 @@ def gather(
         )
     if (positions := tensors.get(POSITIONS)) is not None and len(positions.shape) == 2:
         dims["positions"] = positions.shape[0]
-    _attention(dims, first, args, reference, problems)
+    dims |= grouped.attention_sizes(first, args, reference, problems)
+    if sliding:
+        windowed = _first_layer_with(tensors, set(range(dims["layers"])) - sliding)
+        dims |= grouped.sliding_sizes(windowed, args, reference, dims.get("head_dim"), problems)
     dims |= latent.latent_sizes(first, args, problems)
     dims |= latent.indexer_sizes(first)
     _delta_net(dims, first, args, reference, problems)
@@ -122,7 +127,9 @@ def gather(
         linear_layers=linear_layers,
         modules=_modules(tensors),
         indexed_layers=_layers_with(_INDEXER, tensors, dims),
+        sliding_layers=sliding,
         stated=reference.config if reference.where == HF_CONFIG else {},
+        described=reference.config,
     )
     return facts, remarks, problems
 
@@ -189,12 +196,15 @@ def _mtp(
         )
 
 
-def _first_layer_with(tensors: Mapping[str, View]) -> Mapping[str, View]:
-    """For each name inside a layer, the tensor of the first layer that has it."""
+def _first_layer_with(tensors: Mapping[str, View], but: AbstractSet[int]) -> Mapping[str, View]:
+    """For each name inside a layer, the tensor of the first layer that has it; of attention, of
+    the first one that is none of `but`."""
     found: dict[str, View] = {}
     for name, view in tensors.items():
         if match := _LAYER.match(name):
-            found.setdefault(name[match.end() :], view)
+            inside = name[match.end() :]
+            if int(match[1]) not in but or not inside.startswith("self_attention."):
+                found.setdefault(inside, view)
     return found
 
 
@@ -210,58 +220,6 @@ def _mlps(first: Mapping[str, View]) -> dict[str, int]:
     return dims
 
 
-def _attention(
-    dims: dict[str, int],
-    first: Mapping[str, View],
-    args: Mapping[str, object],
-    reference: Reference,
-    problems: list[str],
-) -> None:
-    """heads, groups and head_dim: linear_qkv has (heads + 2 * groups) * head_dim rows and
-    linear_proj heads * head_dim columns; only head_dim must come from elsewhere: the norm of a
-    query head shows it, but not a norm of all of them (OLMoE). Between gated delta nets it also
-    has heads * head_dim rows of gates."""
-    qkv = first.get("self_attention.linear_qkv.weight")
-    proj = first.get("self_attention.linear_proj.weight")
-    norm = first.get("self_attention.q_layernorm.weight")
-    if qkv is None or proj is None or not qkv.shape or len(proj.shape) != 2:
-        return
-    rows, columns = qkv.shape[0], proj.shape[1]
-    if _delta_net_at(first) and args.get("attention_output_gate", True):
-        dims["gated_q_rows"], rows = 2 * columns, rows - columns
-    stated = reference.config.get("num_attention_heads", reference.config.get("n_head"))
-    heads = _int(args.get("num_attention_heads")) or _int(stated)
-    head_dim = _int(args.get("kv_channels")) or _int(reference.config.get("head_dim"))
-    if norm is not None and len(norm.shape) == 1 and norm.shape != (columns,):
-        head_dim = norm.shape[0]
-    elif head_dim is None and heads:
-        head_dim = columns // heads
-    if not head_dim:
-        problems.append(
-            "the number of attention heads is recorded nowhere in the checkpoint; "
-            "pass --hf-config with the directory of the model it was trained from"
-        )
-        return
-    if columns % head_dim or (rows - columns) % (2 * head_dim) or rows <= columns:
-        problems.append(
-            f"linear_qkv has {qkv.shape[0]} rows and linear_proj {columns} columns, which no "
-            f"number of heads of size {head_dim} explains"
-        )
-        return
-    dims["head_dim"], dims["heads"] = head_dim, columns // head_dim
-    dims["groups"] = (rows - columns) // (2 * head_dim)
-    dims["q_rows"], dims["kv_rows"] = columns, dims["groups"] * head_dim
-    dims["qkv_rows"] = qkv.shape[0]
-    if dims["heads"] % dims["groups"]:
-        problems.append(f"{dims['heads']} heads cannot share {dims['groups']} query groups")
-
-
-def _delta_net_at(first: Mapping[str, View]) -> str:
-    """Where in its layer a gated delta net is; "" if there is none."""
-    places = ("self_attention.", "self_attention.linear_attn.")
-    return next((at for at in places if at + "A_log" in first), "")
-
-
 def _delta_net(
     dims: dict[str, int],
     first: Mapping[str, View],
@@ -271,7 +229,7 @@ def _delta_net(
 ) -> None:
     """Heads of a gated delta net: A_log has an element per value head, out_proj a column and conv1d
     a row per element of the values; only the number of key heads must come from elsewhere."""
-    at = _delta_net_at(first)
+    at = grouped.delta_net_at(first)
     heads, out = first.get(at + "A_log"), first.get(at + "out_proj.weight")
     conv = first.get(at + "conv1d.weight.joined", first.get(at + "conv1d.weight"))
     if heads is None or out is None or conv is None:

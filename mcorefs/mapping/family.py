@@ -47,12 +47,17 @@ class Facts:
     """The `kind` of every canonical tensor."""
     linear_layers: frozenset[int] = frozenset()
     """Layers whose attention is linear: gated delta nets."""
+    sliding_layers: frozenset[int] = frozenset()
+    """Layers whose attention has a window, where that has another shape than that of the others:
+    sliding_heads, sliding_groups, sliding_q_rows and sliding_kv_rows in `dims`."""
     modules: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The layers that have a mixer (Mamba), self_attention or an mlp (experts, too)."""
     indexed_layers: frozenset[int] = frozenset()
     """Layers that have an indexer of their own; numbered as `moe_layers`."""
     stated: Mapping[str, object] = field(default_factory=dict)
     """The config.json that the user gave: what a family may take it at its word for."""
+    described: Mapping[str, object] = field(default_factory=dict)
+    """The config.json that says what arguments do not, whoever brought it."""
 
     @property
     def mtp_layers(self) -> range:
@@ -99,8 +104,12 @@ def is_in(rule: Rule, layer: int, facts: Facts) -> bool:
     match rule.layers:
         case "dense" | "moe":
             return (layer in facts.moe_layers) == (rule.layers == "moe")
-        case "full" | "linear":
-            return (layer in facts.linear_layers) == (rule.layers == "linear")
+        case "full":
+            return layer not in facts.linear_layers | facts.sliding_layers
+        case "linear":
+            return layer in facts.linear_layers
+        case "sliding":
+            return layer in facts.sliding_layers
         case "mixer" | "self_attention":
             return layer in facts.modules.get(rule.layers, frozenset())
         case "mlp":
@@ -133,10 +142,20 @@ class Rule:
     """Expected shape, in names of `Facts.dims` and numbers."""
     block: Block = whole
     layers: Literal[
-        "all", "dense", "moe", "full", "linear", "indexed", "mixer", "self_attention", "mlp"
+        "all",
+        "dense",
+        "moe",
+        "full",
+        "linear",
+        "sliding",
+        "indexed",
+        "mixer",
+        "self_attention",
+        "mlp",
     ] = "all"
-    """Those without and with experts; of full and of linear attention; with an indexer; of hybrids,
-    whose layers are one of these each, with a Mamba mixer, attention, an MLP without experts."""
+    """Those without and with experts; of full, of linear and of sliding attention (`Facts`); with
+    an indexer; of hybrids, whose layers are one of these each, with a Mamba mixer, attention, an
+    MLP without experts."""
     when: str = ""
     """The tensors exist only in models that hold canonical tensors of this kind (* for numbers)."""
     keeps_dtype: bool = False

@@ -11,6 +11,7 @@ from typing import cast
 
 from mcorefs.errors import CheckpointError
 from mcorefs.formats.huggingface import resolved
+from mcorefs.mapping import step
 from mcorefs.storage import read_file
 
 HF_CONFIG = "--hf-config"
@@ -80,7 +81,8 @@ def read_reference(given: Path, where: str = HF_CONFIG) -> Reference:
             f"{where} {path}: it names no model_type, so it is not the config.json of a model"
         )
     directory = given if given.is_dir() else given.parent
-    return Reference(_hub_rope(_nested(cast(dict[str, object], config))), where, directory)
+    whole = step.from_transformers(_nested(cast(dict[str, object], config)))
+    return Reference(step.of_decoder(_hub_rope(whole)), where, directory)
 
 
 _OF_THE_WHOLE = (

@@ -54,6 +54,7 @@ _FAMILIES: Mapping[str, str] = {
     "Qwen3VL": "qwen3_vl",
     "Qwen3VLMoE": "qwen3_vl_moe",
     "Step35": "step3p5",
+    "Step37": "step3p7",
 }
 
 

@@ -28,6 +28,9 @@ from .spec import Spec
 own_code.register()
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_ROUTERS = (".mlp.gate.weight", ".mixer.gate.weight", ".moe.gate.weight")
+_FP32 = ".moe.router_bias"
+"""What is no buffer, but fp32 on both sides, too."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -133,7 +136,7 @@ def build_model(spec: Spec) -> PreTrainedModel:
     model.tie_weights()
     generator = torch.Generator().manual_seed(spec.seed)
     for name, parameter in model.named_parameters():
-        if spec.fp32_router and name.endswith((".mlp.gate.weight", ".mixer.gate.weight")):
+        if name.endswith(_FP32) or (spec.fp32_router and name.endswith(_ROUTERS)):
             parameter.data = parameter.data.float()
         with torch.no_grad():
             if name.endswith(FAMILIES[spec.family].zeros):

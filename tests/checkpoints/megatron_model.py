@@ -166,6 +166,10 @@ def _block_spec(
         from .delta_net import with_delta_nets  # which megatron-core 0.15 has not
 
         block.layer_specs = with_delta_nets(config, block.layer_specs, first)
+    if args.get("head_wise_attn_gate"):
+        from .step import with_gates  # likewise
+
+        block.layer_specs = with_gates(args, block.layer_specs, first)
     if spec.index_topk:
         from .sparse import with_indexers  # likewise
 

@@ -6,12 +6,16 @@ src/megatron/bridge/models/mimo/mimo_bridge.py swaps the halves of input_proj. N
 
 Bailing MoE v2: what GLM-4.5 computes, under other names, each expert a module. Names, and the order
 of modules: Megatron-Bridge:src/megatron/bridge/models/bailing/.
+
+Step-3.5: transformers has the language model of Step-3.7, which is the same, and its config, which
+reads that of Step-3.5; but its layers hold their experts under other names. Names: Megatron-Bridge:
+src/megatron/bridge/models/stepfun/step35_bridge.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeMLP,
@@ -32,6 +37,14 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
     apply_rotary_pos_emb,
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RMSNorm
+from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+from transformers.models.step3p7.modeling_step3p7 import (
+    Step3p7Attention,
+    Step3p7MLP,
+    Step3p7PreTrainedModel,
+    Step3p7RMSNorm,
+    Step3p7RotaryEmbedding,
+)
 
 
 class MiMoConfig(Qwen2Config):  # type: ignore[misc]
@@ -236,9 +249,129 @@ class BailingMoeV2ForCausalLM(PreTrainedModel):  # type: ignore[misc]
             yield self.lm_head(hidden)
 
 
+class Step3p5Config(Step3p7TextConfig):  # type: ignore[misc]
+    """Layers with a window may have another number of groups, too, as in the hub's code."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        other = kwargs.get("attention_other_setting")
+        if other and self.layer_types:
+            own = {
+                "num_attention_heads": other["num_attention_heads"],
+                "num_key_value_heads": other["num_attention_groups"],
+            }
+            kwargs["per_layer_config"] = {
+                layer: own
+                for layer, kind in enumerate(self.layer_types)
+                if kind == "sliding_attention"
+            }
+        super().__post_init__(**kwargs)
+
+
+class _OfAllExperts(nn.Module):
+    def __init__(self, experts: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, rows, columns))
+
+
+class _StepExperts(nn.Module):
+    def __init__(self, config: Step3p5Config, limit: float) -> None:
+        super().__init__()
+        self.config, self.limit = config, limit or torch.inf
+        count, width = config.n_routed_experts, config.moe_intermediate_size
+        self.router_bias = nn.Parameter(torch.zeros(count), requires_grad=False)
+        self.gate = nn.Linear(config.hidden_size, count, bias=False)
+        self.up_proj = _OfAllExperts(count, width, config.hidden_size)
+        self.gate_proj = _OfAllExperts(count, width, config.hidden_size)
+        self.down_proj = _OfAllExperts(count, config.hidden_size, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        scores = linear(hidden.float(), self.gate.weight.float()).sigmoid()
+        chosen = (scores + self.router_bias).topk(self.config.num_experts_per_tok).indices
+        shares = scores.gather(-1, chosen)
+        shares = shares / shares.sum(-1, keepdim=True) * self.config.moe_router_scaling_factor
+        shares = torch.zeros_like(scores).scatter(-1, chosen, shares).to(hidden.dtype)
+        made = torch.zeros_like(hidden)
+        for number in range(shares.shape[-1]):
+            gate = linear(hidden, self.gate_proj.weight[number]).sigmoid()
+            gate = gate * linear(hidden, self.gate_proj.weight[number])
+            up = linear(hidden, self.up_proj.weight[number]).clamp(-self.limit, self.limit)
+            one = linear(gate.clamp(max=self.limit) * up, self.down_proj.weight[number])
+            made = made + one * shares[..., number, None]
+        return made
+
+
+class _StepLayer(nn.Module):
+    def __init__(self, config: Step3p5Config, number: int) -> None:
+        super().__init__()
+        self.self_attn = Step3p7Attention(config.per_layer_config[number], number)
+        self.self_attn.config = config
+        self.kind = config.layer_types[number]
+        self.is_sparse = config.mlp_layer_types[number] == "sparse"
+        if self.is_sparse:
+            self.moe = _StepExperts(config, config.swiglu_limits[number])
+            self.share_expert = Step3p7MLP(config, number, is_shared_expert=True)
+        else:
+            self.mlp = Step3p7MLP(config, number)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = Step3p7RMSNorm(size, eps)
+        self.post_attention_layernorm = Step3p7RMSNorm(size, eps)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, mask)[0]
+        normed = self.post_attention_layernorm(hidden)
+        made = self.moe(normed) + self.share_expert(normed) if self.is_sparse else self.mlp(normed)
+        found: Tensor = hidden + made
+        return found
+
+
+class Step3p5ForCausalLM(Step3p7PreTrainedModel):  # type: ignore[misc]
+    config_class = Step3p5Config
+    base_model_prefix = "model"
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict = ("router_bias",)
+    model: Any
+
+    def __init__(self, config: Step3p5Config) -> None:
+        super().__init__(config)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = (_StepLayer(config, number) for number in range(config.num_hidden_layers))
+        self.model.layers = nn.ModuleList(layers)
+        self.model.norm = Step3p7RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model.rotary_emb = Step3p7RotaryEmbedding(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        found: nn.Module = self.model.embed_tokens
+        return found
+
+    def forward(self, input_ids: Tensor, **_: object) -> CausalLMOutputWithPast:
+        hidden = self.model.embed_tokens(input_ids)
+        places = torch.arange(input_ids.shape[1])[None]
+        asked = {
+            "config": self.config,
+            "inputs_embeds": hidden,
+            "attention_mask": None,
+            "past_key_values": None,
+            "position_ids": places,
+        }
+        masks = {
+            "full_attention": create_causal_mask(**asked),
+            "sliding_attention": create_sliding_window_causal_mask(**asked),
+        }
+        for layer in self.model.layers:
+            rope = self.model.rotary_emb(hidden, places, layer.kind)
+            hidden = layer(hidden, rope, masks[layer.kind])
+        hidden = self.model.norm(hidden)
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden), hidden_states=(hidden,))
+
+
 def register() -> None:
     """So that transformers' Auto classes know them."""
     AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
     AutoModelForCausalLM.register(MiMoConfig, MiMoForCausalLM, exist_ok=True)
     AutoConfig.register("bailing_moe_v2", BailingMoeV2Config, exist_ok=True)
     AutoModelForCausalLM.register(BailingMoeV2Config, BailingMoeV2ForCausalLM, exist_ok=True)
+    AutoConfig.register("step3p5", Step3p5Config, exist_ok=True)
+    AutoModelForCausalLM.register(Step3p5Config, Step3p5ForCausalLM, exist_ok=True)

@@ -40,6 +40,7 @@ GENERATOR_FILES = (
     "saved_args.py",
     "sparse.py",
     "stand_ins.py",
+    "step.py",
     "te_linear.py",
     "torch_writer.py",
     "vision.py",

@@ -41,6 +41,7 @@ from mcorefs.mapping.families.qwen3_5_vl import QWEN3_5_MOE_VL, QWEN3_5_VL
 from mcorefs.mapping.families.qwen3_moe import QWEN3_MOE
 from mcorefs.mapping.families.qwen3_next import QWEN3_NEXT
 from mcorefs.mapping.families.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
+from mcorefs.mapping.families.step3p5 import STEP3P5
 from mcorefs.mapping.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -87,4 +88,5 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_NEXT,
     QWEN3_VL,
     QWEN3_VL_MOE,
+    STEP3P5,
 )

@@ -50,6 +50,7 @@ from .qwen3_moe import QWEN3_MOE
 from .qwen3_next import QWEN3_NEXT
 from .qwen3_vl import QWEN3_VL
 from .qwen3_vl_moe import QWEN3_VL_MOE
+from .step3p5 import STEP3P5
 
 FAMILIES: Mapping[str, Family] = {
     "bailing_moe_v2": BAILING_MOE_V2,
@@ -95,6 +96,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": QWEN3_NEXT,
     "qwen3_vl": QWEN3_VL,
     "qwen3_vl_moe": QWEN3_VL_MOE,
+    "step3p5": STEP3P5,
 }
 
 _MUST_BE_NAMED = (
