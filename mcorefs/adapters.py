@@ -175,7 +175,7 @@ def _for_each_expert(
     tensors: Mapping[str, View], base: Mapping[str, View]
 ) -> Iterator[tuple[str, View]]:
     experts: dict[str, dict[str, None]] = {}
-    for name in base:
+    for name in base if tensors else ():
         if match := _EXPERT.match(name):
             experts.setdefault(match[1], {})[match[2]] = None
     for name, view in tensors.items():

@@ -26,8 +26,10 @@ def undone(
 ) -> tuple[Mapping[str, View], list[str]]:
     """(canonical `tensors` of a run with `args`, with all gate rows of an expert above its up rows;
     what is wrong). `has_adapter`: there are tensors beside them whose rows lie alike."""
-    size, gated = args.get(SIZE), [name for name in tensors if _is_gated(name, tensors)]
-    if size is None or not gated or args.get("moe_grouped_gemm") is False:
+    if (size := args.get(SIZE)) is None or args.get("moe_grouped_gemm") is False:
+        return tensors, []
+    gated = [name for name in tensors if _is_gated(name, tensors)]
+    if not gated:
         return tensors, []
     problem = _unknown(args, trainer, has_adapter)
     ranks = args.get("expert_tensor_parallel_size") or args.get("tensor_model_parallel_size")

@@ -79,7 +79,8 @@ def _file(tensors: Sequence[HfTensor], sizes: Mapping[str, int]) -> SafetensorsL
     for tensor in ordered:
         start, end = end, end + sizes[tensor.name]
         offsets.append(end)
-        kind = _kind(tensor.dtype.name, tensor.shape)
+        view = tensor.view
+        kind = _kind(view.dtype.name, view.shape)
         entries.append(f"{encode_basestring(tensor.name)}:{kind}[{start},{end}]}}")
     text = (",".join(entries) + "}").encode()
     text += b" " * (-len(text) % 8)

@@ -66,6 +66,7 @@ def gather(
     the vocabulary's size unless the user gives it as `vocab_size`.
     """
     args = {name: value for name, value in args.items() if value is not None}
+    tensors = _with_one_expert(tensors)
     seen, reference = reference.section(VISION), reference.text
     sliding = grouped.sliding_layers(args, reference)
     first = _first_layer_with(tensors, sliding)
@@ -132,6 +133,16 @@ def gather(
         described=reference.config,
     )
     return facts, remarks, problems
+
+
+def _with_one_expert(tensors: Mapping[str, View]) -> dict[str, View]:
+    """Without the experts of each layer but the first: of the ten thousands of tensors that there
+    may be, nearly all are theirs. That they are all there and alike is for planning to see."""
+    return {
+        name: view
+        for name, view in tensors.items()
+        if ".mlp.experts." not in name or ".mlp.experts.0." in name
+    }
 
 
 def _layers(tensors: Mapping[str, View], problems: list[str]) -> int:

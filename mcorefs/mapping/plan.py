@@ -6,8 +6,9 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from mcorefs.boxes import Shape
 from mcorefs.dtypes import DType
@@ -77,8 +78,7 @@ def plan(
     return ordered, [*problems, *_unexpressed(family, facts)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """What the placeholders of a rule stand for; 0 where it has none."""
 
     layer: int = 0
@@ -128,7 +128,7 @@ def _sources(
     if not rule.stacks_experts:
         name = _source(rule, place, tensors)
         return ([], place) if name is None else ([name], None)
-    places = [replace(place, expert=expert) for expert in range(facts.dims.get("experts", 1))]
+    places = [place._replace(expert=expert) for expert in range(facts.dims.get("experts", 1))]
     names: list[str] = []
     missing: list[_Place] = []
     for one in places:
