@@ -47,6 +47,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
     shard_size: int | str = "50GB",
     cache_size: int | None = None,
     read_timeout: float | None = READ_TIMEOUT,
+    index_cache: bool = False,
 ) -> Checkpoint:
     """Open the checkpoint at `path`; the options are those of `mcorefs mount`.
 
@@ -77,6 +78,7 @@ def open(  # noqa: A001 (it is called as mcorefs.open)
         shard_size=shard_size,
         cache_bytes=cache_size,
         read_timeout=read_timeout,
+        index_cache=index_cache,
     )
     opened = open_tree(parse_path(fspath(path)), options)
     source = opened.source

@@ -177,6 +177,15 @@ ReadTimeout = Annotated[
         "gets an I/O error.",
     ),
 ]
+IndexCache = Annotated[
+    bool,
+    typer.Option(
+        "--index-cache",
+        envvar="MCOREFS_INDEX_CACHE",
+        help="Keep what CKPT was found to hold in ~/.cache/mcorefs, to open it faster the next "
+        "time, as long as none of its files is another.",
+    ),
+]
 Part = Annotated[
     Share | None,
     typer.Option(
@@ -223,6 +232,7 @@ _OF_OPTIONS: Mapping[str, tuple[object, object]] = {
     "cache_bytes": (CacheSize, None),
     "max_read_rate": (MaxReadRate, None),
     "read_timeout": (ReadTimeout, READ_TIMEOUT),
+    "index_cache": (IndexCache, False),
 }
 """What the command line says of each field of `Options`, and the default there."""
 CHOICES = (

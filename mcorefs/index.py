@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from mcorefs.boxes import Box, Shape, row_major_strides
 from mcorefs.dtypes import DType
 from mcorefs.encoding import Encoding
+from mcorefs.errors import ReadFault
 
 MAX_DIMS = 8
 MAX_BYTES = 1 << 63
@@ -71,13 +73,21 @@ class StoredTensor:
     fqn: str
     dtype: DType
     shape: Shape
-    chunks: tuple[Chunk, ...] = field(repr=False)
-    _tree: _Node = field(repr=False)
+    _tiling: Callable[[], tuple[tuple[Chunk, ...], _Node]] = field(repr=False)
+    """What it is cut into: made when it is first asked for, where it is remembered."""
+
+    @cached_property
+    def _cut(self) -> tuple[tuple[Chunk, ...], _Node]:
+        return self._tiling()
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self._cut[0]
 
     def overlapping(self, box: Box) -> Iterator[tuple[Chunk, Box]]:
         """Chunks that hold elements of `box`, each with the part of `box` that it holds."""
         if box.volume:
-            yield from self._tree.overlapping(box)
+            yield from self._cut[1].overlapping(box)
 
 
 def stored_tensor(
@@ -88,18 +98,41 @@ def stored_tensor(
     Any numbers at all may come in; time and memory are linear in the number of chunks.
     """
     try:
-        _check_shape(shape, dtype)
-        filled = tuple(chunk for chunk in chunks if 0 not in chunk.box.sizes)
-        tree: _Node | None = _grid(filled, shape)
-        for chunk in filled:
-            if tree is None or not _is_whole_archive(chunk.span):
-                _check_chunk(chunk, shape, dtype)
-        if tree is None:
-            _check_volume(filled, shape)
-            tree = _build(filled, Box.whole(shape))
+        tiling = _tiled(dtype, shape, chunks)
     except _BadTilingError as problem:
         return None, f"{fqn}: {problem}"
-    return StoredTensor(fqn, dtype, shape, filled, tree), None
+    return StoredTensor(fqn, dtype, shape, lambda: tiling), None
+
+
+def remembered_tensor(
+    fqn: str, dtype: DType, shape: Shape, chunks: Callable[[], tuple[Chunk, ...]]
+) -> StoredTensor:
+    """A tensor whose `chunks` were found right before; they are made, and proved once more, when
+    somebody first asks for them. That may raise what `chunks` raises, or ReadFault."""
+
+    def tiling() -> tuple[tuple[Chunk, ...], _Node]:
+        try:
+            return _tiled(dtype, shape, chunks())
+        except _BadTilingError as problem:
+            raise ReadFault(f"{fqn} was remembered wrongly: {problem}") from None
+
+    return StoredTensor(fqn, dtype, shape, tiling)
+
+
+def _tiled(
+    dtype: DType, shape: Shape, chunks: tuple[Chunk, ...]
+) -> tuple[tuple[Chunk, ...], _Node]:
+    """(those of `chunks` that hold elements, where to find them). Raises _BadTilingError."""
+    _check_shape(shape, dtype)
+    filled = tuple(chunk for chunk in chunks if 0 not in chunk.box.sizes)
+    tree: _Node | None = _grid(filled, shape)
+    for chunk in filled:
+        if tree is None or not _is_whole_archive(chunk.span):
+            _check_chunk(chunk, shape, dtype)
+    if tree is None:
+        _check_volume(filled, shape)
+        tree = _build(filled, Box.whole(shape))
+    return filled, tree
 
 
 class _BadTilingError(Exception):

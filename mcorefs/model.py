@@ -70,6 +70,8 @@ class Options:
     """Most bytes a second that are read of the shards by this process; None: no limit."""
     read_timeout: float | None = READ_TIMEOUT
     """Seconds after which what the storage has not answered fails; None: it waits."""
+    index_cache: bool = False
+    """Whether the index of the checkpoint is kept for the next time (`index_cache`)."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def load_at(location: Location, options: Options) -> Model:
             f"{location.path} is a Hugging Face model directory already: no conversion is needed, "
             "pass it to from_pretrained as it is"
         )
-    sources = read_sources(location, weights, options.adapter)
+    sources = read_sources(location, weights, options.adapter, options.index_cache)
     checkpoint, beside = sources.checkpoint, sources.companions
     reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)

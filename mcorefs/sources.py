@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mcorefs import index_cache
 from mcorefs.errors import CheckpointError
 from mcorefs.formats import HUGGINGFACE, Checkpoint, WeightsFrom
 from mcorefs.locate import Location, locate
@@ -72,13 +73,16 @@ def _has_base(names: Iterable[str]) -> bool:
     return any(not is_of_adapter(unwrapped(fqn)) and not is_wrapped(fqn) for fqn in names)
 
 
-def read_sources(location: Location, weights: WeightsFrom, adapter: Path | None) -> Sources:
+def read_sources(
+    location: Location, weights: WeightsFrom, adapter: Path | None, remembers: bool = False
+) -> Sources:
     """The checkpoint at `location` with the one at `adapter`; or, where it is only an adapter
-    itself, with the base model that the adapter was trained on top of.
+    itself, with the base model that the adapter was trained on top of. What `location` holds may be
+    remembered from before, and will be, if that is wanted (`index_cache`).
 
     Raises CheckpointError, which says what to pass where the other one is missing.
     """
-    own = _read(location, weights)
+    own = _read(location, weights, remembers)
     given = None if adapter is None else locate(adapter)
     if given is not None and given.path != location.path:
         return _with_adapter(own, given, weights)
@@ -95,8 +99,11 @@ def read_sources(location: Location, weights: WeightsFrom, adapter: Path | None)
     return _joined(location, base, own, remark)
 
 
-def _read(location: Location, weights: WeightsFrom) -> _Read:
-    checkpoint = location.format.index(location.path, weights)
+def _read(location: Location, weights: WeightsFrom, remembers: bool = False) -> _Read:
+    if remembers:
+        checkpoint = index_cache.index(location.format, location.path, weights)
+    else:
+        checkpoint = location.format.index(location.path, weights)
     return _Read(location, checkpoint, companions(location, checkpoint))
 
 

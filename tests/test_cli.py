@@ -91,6 +91,23 @@ def cached(path: Path) -> int:
         return mmap.PAGESIZE * sum(page & 1 for page in there)
 
 
+def test_an_index_is_kept_where_that_is_wanted(
+    fixtures: dict[str, Fixture], mnt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = fixtures[MOE].root
+    for options, variable, count in (
+        ([], "", 0),
+        (["--index-cache"], "", 1),
+        ([], "1", 1),  # the same one, used
+    ):
+        monkeypatch.setenv("MCOREFS_INDEX_CACHE", variable or "0")
+        mcorefs("mount", root, mnt, *options)
+        assert (mnt / "model.safetensors.index.json").exists() or (mnt / "config.json").exists()
+        mcorefs("umount", mnt)
+        assert len([file for file in tmp_path.rglob("*") if file.is_file()]) == count
+
+
 def test_prefetch(fixtures: dict[str, Fixture], mnt: Path) -> None:
     fixture = fixtures[MOE]
     mcorefs("mount", fixture.root, mnt)

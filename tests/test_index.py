@@ -189,7 +189,7 @@ def test_a_grid_is_proved_and_searched_as_any_other_tiling(
 ) -> None:
     shape, tiles = made
     tensor = built(shape, tiles)
-    assert isinstance(tensor._tree, _Grid)
+    assert isinstance(tensor._cut[1], _Grid)
     box = data.draw(boxes(shape))
     found = {chunk.box: held for chunk, held in tensor.overlapping(box)}
     expected = {tile: tile.intersect(box) for tile in tiles}

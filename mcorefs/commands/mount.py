@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @with_options(
     *CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "cache_bytes",
-    "max_read_rate",
+    "max_read_rate", "index_cache",
 )  # fmt: skip
 def mount(
     ckpt: Ckpt,
