@@ -38,13 +38,17 @@ class Box:
 
     def intersect(self, other: Box) -> Box | None:
         """The elements in both boxes, None if there are none."""
-        offsets = tuple(map(max, self.offsets, other.offsets))
-        ends = tuple(
-            min(o + s, p + t)
-            for o, s, p, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        )
-        sizes = tuple(e - o for e, o in zip(ends, offsets, strict=True))
-        return Box(offsets, sizes) if all(s > 0 for s in sizes) else None
+        offsets: list[int] = []
+        sizes: list[int] = []
+        axes = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        for o, s, p, t in axes:
+            start = o if o > p else p
+            size = min(o + s, p + t) - start
+            if size <= 0:
+                return None
+            offsets.append(start)
+            sizes.append(size)
+        return Box(tuple(offsets), tuple(sizes))
 
     def relative_to(self, origin: Shape) -> Box:
         """The same elements counted from `origin`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,9 +86,11 @@ def _elements(
 
 def _stretch(strides: Shape, box: Box) -> tuple[int, int]:
     """(first element, elements from the first to the last) of `box` in the file."""
-    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
-    last = sum((n - 1) * s for n, s in zip(box.sizes, strides, strict=True))
-    return first, last + 1
+    first, count = 0, 1
+    for offset, size, stride in zip(box.offsets, box.sizes, strides, strict=True):
+        first += offset * stride
+        count += (size - 1) * stride
+    return first, count
 
 
 def _row_major(strides: Shape, sizes: Shape) -> bool:
@@ -153,10 +156,17 @@ class Run:
     offset: int
 
 
-def runs(storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int) -> Iterator[Run]:
+class ManyRunsError(Exception):
+    """A box would be cut into more runs than were asked for."""
+
+
+def runs(
+    storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int, most: int
+) -> Iterator[Run]:
     """The runs of bytes that copying `box` of `tensor` to `out` would consist of.
 
-    `out` is only looked at for its address and strides; `base` is the address of byte 0.
+    `out` is only looked at for its address and strides; `base` is the address of byte 0. Raises
+    ManyRunsError before those of a chunk that has more than `most`.
     """
     size = tensor.dtype.itemsize
     if storage.is_remote:
@@ -171,10 +181,12 @@ def runs(storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int
         split = len(local.sizes)
         while split > 0 and _run_axes(local.sizes, placed.strides, strides, split - 1):
             split -= 1
+        if math.prod(local.sizes[:split]) > most:
+            raise ManyRunsError
         length = math.prod(local.sizes[split:]) * size
         source, _ = _stretch(placed.strides, local)
         where = target.__array_interface__["data"][0] - base
-        for index in np.ndindex(*local.sizes[:split]):
+        for index in itertools.product(*map(range, local.sizes[:split])):
             at = sum(i * s for i, s in zip(index, strides, strict=False))
             file_at = source + sum(i * s for i, s in zip(index, placed.strides, strict=False))
             yield Run(where + at * size, length, placed.path, placed.offset + file_at * size)
