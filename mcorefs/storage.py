@@ -45,6 +45,9 @@ __all__ = [
 REMOTE_BYTES = 64 << 20
 """Bytes of remote files that are kept, if nothing else is said."""
 
+MAX_EDGES = 1024
+"""Of archives within a file, at 2 * GUESS bytes each, that are kept for their neighbours."""
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -83,6 +86,8 @@ class Storage:
             self._objects = Objects(identities, remote_bytes)
         self._locator = Locator()
         self._placed: dict[Span, Placed] = {}
+        self._edges: dict[tuple[str, int], bytes] = {}
+        """What was read around the end of one archive, until the next one wants it."""
         self._record_starts: dict[tuple[str, int], int] = {}
         self._decoded: OrderedDict[Span, bytes | bytearray] = OrderedDict()
         self._decoding = threading.Lock()
@@ -184,7 +189,7 @@ class Storage:
         what = f"{span.path} (entry at byte {span.offset})"
         try:
             start, tensor = self._locator.locate(
-                lambda offset, count: self.read(span.path, span.offset + offset, count),
+                lambda offset, count: self._near_edge(span, offset, count),
                 span.nbytes,
                 what,
             )
@@ -199,6 +204,23 @@ class Storage:
             raise ReadFault(str(problem)) from None
         offset = span.offset + start + tensor.offset * dtype.itemsize
         return Placed(span.path, offset, tensor.stride)
+
+    def _near_edge(self, span: Span, offset: int, count: int) -> bytes:
+        """Bytes of an archive, from the head of which to its tail others follow in its file: what
+        lies around the edge of two is read once for both."""
+        start = span.offset + offset
+        edge = span.offset + (span.nbytes if offset else 0)
+        low = max(0, edge - GUESS)
+        high = min(edge + GUESS, self._identities[span.path].size)
+        if self.is_remote or not low <= start <= start + count <= high:
+            return self.read(span.path, start, count)
+        around = self._edges.pop((span.path, edge), None)
+        if around is None:
+            around = self.read(span.path, low, high - low)
+            if len(self._edges) >= MAX_EDGES:
+                self._edges.clear()
+            self._edges[span.path, edge] = around
+        return around[start - low : start - low + count]
 
     def _record_start(self, span: Span) -> int:
         """Offset of a zip record's data; many chunks may lie in one record, so it is kept."""

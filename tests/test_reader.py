@@ -507,6 +507,23 @@ def test_runs_beyond_number_become_tiles(tmp_path: Path) -> None:
     assert max(asked.nbytes for asked in storage.asked) > 3, "a tile was read, not a run"
 
 
+def test_archives_that_touch_are_placed_by_one_read_each(tmp_path: Path) -> None:
+    """A shard is full of them: the tail of one lies beside the head of the next."""
+    arrays = [noise(40, 64) for _ in range(6)]
+    content, spans = b"", list[Span]()
+    path = tmp_path / "shard"
+    for array in arrays:
+        entry = _entry(as_torch(array, BF16))
+        spans.append(Span(str(path), len(content), len(entry), "torch_zip"))
+        content += entry
+    path.write_bytes(content)
+    storage = Watched(identities(path))
+    for array, span in zip(arrays, spans, strict=True):
+        placed = storage.place(Chunk(Box.whole(array.shape), span), BF16)
+        assert content[placed.offset : placed.offset + array.nbytes] == array.tobytes()
+    assert len(storage.asked) == len(arrays) + 1
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
