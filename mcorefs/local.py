@@ -29,12 +29,29 @@ T = TypeVar("T")
 
 PIECE = 1 << 20
 """Most bytes that another thread reads at once."""
+SMALL = 128 << 10
+LOOKS = (0, 20e-6, 40e-6, 80e-6, 160e-6, 320e-6)
+"""Seconds after which to look again for what does not lie in memory yet, before another thread
+waits for it: having been asked, the kernel fetches no more than SMALL bytes at once (since Linux
+5.10, mm/filemap.c filemap_get_pages), and most disks answer in less time than two threads take to
+hand over and back."""
+PATIENCE = 8
+"""Times in a row that it was not there after all looks, after which a file gets but the first."""
 
 
 class _Handle:
     """An open file, or the part of one that is a file in an archive."""
 
-    __slots__ = ("end", "fd", "is_forgotten", "knows_nowait", "never_waits", "start", "users")
+    __slots__ = (
+        "end",
+        "fd",
+        "is_forgotten",
+        "knows_nowait",
+        "never_waits",
+        "patience",
+        "start",
+        "users",
+    )
 
     def __init__(self, fd: int, start: int, end: int) -> None:
         self.fd, self.start, self.end = fd, start, end
@@ -43,6 +60,7 @@ class _Handle:
         self.knows_nowait = True
         """Whether its file system can say that a read would have to wait."""
         self.never_waits = False
+        self.patience = PATIENCE
 
 
 class LocalFiles:
@@ -131,10 +149,8 @@ class LocalFiles:
             return os.preadv(handle.fd, [out], at)
         if handle.knows_nowait:
             try:
-                if count := os.preadv(handle.fd, [out], at, os.RWF_NOWAIT):
+                if count := _read_at_once(handle, out, at):
                     return count
-            except BlockingIOError:
-                pass
             except OSError as problem:
                 if problem.errno != errno.EOPNOTSUPP:
                     raise
@@ -262,6 +278,24 @@ class LocalFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _read_at_once(handle: _Handle, out: memoryview, at: int) -> int:
+    """Fill `out` as far as it lies in memory, or does very soon; 0 if it has to be waited for."""
+    looks = LOOKS if len(out) <= SMALL and handle.patience else LOOKS[:1]
+    for pause in looks:
+        if pause:
+            time.sleep(pause)
+        try:
+            count = os.preadv(handle.fd, [out], at, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        if pause:
+            handle.patience = PATIENCE
+        return count
+    if len(looks) > 1:
+        handle.patience = max(0, handle.patience - 1)
+    return 0
 
 
 def _is_memory(device: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from mcorefs import deadline
 from mcorefs.deadline import Deadline, LateError
 from mcorefs.files import FileIdentity
-from mcorefs.local import LocalFiles
+from mcorefs.local import LOOKS, PATIENCE, LocalFiles
 from mcorefs.mount.operations import Turns
 
 
@@ -137,3 +137,43 @@ def test_a_slow_read_gives_its_turn_away() -> None:
     thread.join()
     with turns:
         assert turns._free.empty()  # still no more than one at once
+
+
+class Disk:
+    """What the kernel says of a file whose bytes come after so many looks."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, looks: int) -> None:
+        path.write_bytes(b"abc")
+        self.files = LocalFiles({str(path): FileIdentity.of(path.stat())}, 8, Deadline(5))
+        self._path, self._looks, self._looked = str(path), looks, 0
+        self.waited = 0
+        self._preadv = os.preadv
+        monkeypatch.setattr(os, "preadv", self.preadv)
+
+    def preadv(self, fd: int, buffers: list[memoryview], at: int, flags: int = 0) -> int:
+        self._looked += 1
+        if flags and self._looked <= self._looks:
+            raise BlockingIOError
+        self.waited += not flags
+        return self._preadv(fd, buffers, at)
+
+    def read(self) -> int:
+        """How often it was looked at."""
+        out, self._looked = bytearray(3), 0
+        self.files.read_into(self._path, 0, memoryview(out))
+        assert out == b"abc"
+        return self._looked
+
+
+def test_what_comes_soon_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, tmp_path / "shard", len(LOOKS) - 1)
+    for _ in range(2 * PATIENCE):
+        assert disk.read() == len(LOOKS)
+    assert disk.waited == 0
+
+
+def test_a_slow_disk_is_looked_at_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, tmp_path / "shard", 99)
+    found = [disk.read() for _ in range(PATIENCE + 3)]
+    assert found == [len(LOOKS) + 1] * PATIENCE + [2] * 3
+    assert disk.waited == PATIENCE + 3
