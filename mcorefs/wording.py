@@ -73,9 +73,10 @@ def written(
         yield f"part {share.number} of {share.count} has nothing to write: there are fewer files"
         return
     speed = (found.total_bytes - found.resumed_bytes) / 1e9 / max(seconds, 1e-9)
+    mine = "" if share is None else f", of which part {share.number} of {share.count} was"
     yield (
-        f"{summary(source)} written to {out}: {count(found.files, 'file')} in {seconds:.1f} s "
-        f"({speed:.2f} GB/s)"
+        f"{summary(source)}{mine} written to {out}: {count(found.files, 'file')} "
+        f"in {seconds:.1f} s ({speed:.2f} GB/s)"
     )
     if found.missing:
         first = found.missing[0] + (", ..." if len(found.missing) > 1 else "")

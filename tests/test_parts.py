@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mcorefs.errors import OutputError, ReadFault
 from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.materialize import PARTIAL, finish_parts, materialize
-from mcorefs.materialize.output import finish
+from mcorefs.materialize.output import claimed, finish, locked
 from mcorefs.shares import Share
 from mcorefs.tree import VirtualTree
 from tests.checkpoints import Fixture, ensure
@@ -64,7 +64,7 @@ def test_the_last_part_completes(tmp_path: Path) -> None:
         assert written.missing == tuple(sorted(written.missing))
         assert not (out / "config.json").exists()
         assert not (out / "model.safetensors.index.json").exists()
-        with pytest.raises(OutputError, match=r"is not complete: model-00001.* still to be"):
+        with pytest.raises(OutputError, match=r"is not complete: model-00001.* (is|are) still to"):
             finish_parts(tree, out)
     written = materialize(tree, out, share=Share(1, 3))
     assert (written.files, written.missing) == (1 + 2, ())
@@ -93,6 +93,28 @@ def test_a_part_that_fails_is_gone_on_with(tmp_path: Path) -> None:
     assert not (out / "config.json").exists()
     assert not materialize(tree, out, share=Share(1, 2)).missing
     check(out, tree)
+
+
+def test_a_part_that_is_started_again_while_another_completes(tmp_path: Path) -> None:
+    """It has found OUT incomplete, and comes to lock its own files when all are there."""
+    tree, out = make_tree(), tmp_path / "out"
+    with claimed(tree, out) as partial:
+        materialize(tree, out)
+        with locked(partial / "model-00001-of-00006.safetensors.lock"):
+            pass
+    assert finish(tree, out) == ()
+    check(out, tree)
+    assert not (out / PARTIAL).exists()
+
+
+def test_a_part_that_is_started_again_when_all_is_done(tmp_path: Path) -> None:
+    tree, out = make_tree(), tmp_path / "out"
+    materialize(tree, out)
+    with pytest.raises(OutputError, match="it has all files of this model already"):
+        materialize(tree, out, share=Share(1, 2))
+    (out / "config.json").unlink()
+    with pytest.raises(OutputError, match=r"it has 'model.safetensors.index.json'"):
+        materialize(tree, out, share=Share(1, 2))
 
 
 def test_finish_after_all_died_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +208,7 @@ def test_jobs_of_an_array(fixtures: Mapping[str, Fixture], tmp_path: Path) -> No
     said = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0], said
     assert any("still missing" not in text for text in said)
+    assert ", of which part 2 of 3 was written to" in said[1]
     whole = tmp_path / "whole"
     mcorefs_said(
         "materialize", fixture.root, whole, "--shard-size", "60KB", "--tokenizer", fixture.tokenizer

@@ -94,8 +94,8 @@ def finish_parts(tree: VirtualTree, out: Path) -> None:
     with claimed(tree, out):
         missing = finish(tree, out)
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise OutputError(f"{out} is not complete: {missing[0]}{more} is still to be written")
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise OutputError(f"{out} is not complete: {missing[0]}{more} still to be written")
 
 
 def _threads() -> int:

@@ -49,7 +49,7 @@ def claimed(tree: VirtualTree, out: Path) -> Iterator[Path]:
     partial = out / PARTIAL
     plan = {"fingerprint": fingerprint(tree), "files": len(tree.files)}
     try:
-        _refuse_unrelated(out, partial, plan)
+        _refuse_unrelated(tree, out, partial, plan)
         partial.mkdir(parents=True, exist_ok=True)
         if not (partial / PLAN).exists():
             write_synced(partial / PLAN, json.dumps(plan).encode())
@@ -63,7 +63,7 @@ def claimed(tree: VirtualTree, out: Path) -> Iterator[Path]:
         ) from None
 
 
-def _refuse_unrelated(out: Path, partial: Path, plan: object) -> None:
+def _refuse_unrelated(tree: VirtualTree, out: Path, partial: Path, plan: object) -> None:
     if not out.exists():
         return
     if not out.is_dir():
@@ -73,9 +73,10 @@ def _refuse_unrelated(out: Path, partial: Path, plan: object) -> None:
         return
     planned = partial / PLAN
     if inside != [PARTIAL] and not planned.exists():
+        whole = all(is_there(out, name, file) for name, file in tree.files.items())
+        found = "all files of this model already" if whole else repr(inside[-1])
         raise OutputError(
-            f"{out} is not empty (it has {inside[-1]!r}): name a directory that is empty or does "
-            "not exist"
+            f"{out} is not empty (it has {found}): name a directory that is empty or does not exist"
         )
     with suppress(FileNotFoundError):
         if planned.read_bytes() != json.dumps(plan).encode():
@@ -100,7 +101,7 @@ def fingerprint(tree: VirtualTree) -> str:
 
 
 def is_there(out: Path, name: str, file: VirtualFile) -> bool:
-    """Whether a file of weights is complete: it has its name only then."""
+    """Whether a file is complete: one of weights has its name only then."""
     try:
         return (out / name).stat().st_size == file.size
     except (FileNotFoundError, NotADirectoryError):
@@ -118,7 +119,9 @@ def finish(tree: VirtualTree, out: Path) -> tuple[str, ...]:
         with (partial / "finish.lock").open("w") as lock:
             _lock(lock, wait=True)
             if not (partial / PLAN).exists():
-                return ()  # another process was faster
+                # Another process was faster; what this one has put there since is nobody's.
+                shutil.rmtree(partial, ignore_errors=True)
+                return ()
             for name, file in _config_last(tree):
                 _write_small(out, partial, name, file)
             sync_directory(out)
