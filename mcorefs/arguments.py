@@ -146,7 +146,7 @@ MaxReadRate = Annotated[
         metavar="SIZE",
         parser=_bytes,
         help="Most bytes a second to read of the shards, such as 500MB: leaves the rest of the "
-        "storage to a training run.",
+        "storage to a training run. Each process (part, Ray worker) has it for itself.",
     ),
 ]
 AllIterations = Annotated[
