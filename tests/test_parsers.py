@@ -18,11 +18,23 @@ ROOT = Path(__file__).parents[1]
 CRASHES = sorted((ROOT / "tests/crashes").glob("*/*"))
 MAX_SECONDS = 10.0
 """Of the processor, for one file."""
+MAX_BYTES = 1 << 30
+"""Of memory, for one file: less than a length that is only said."""
+
+
+def resident(what: str) -> int:
+    """VmRSS, or VmHWM: the most there was since `clear_refs` was written."""
+    line = next(one for one in STATUS.read_text().splitlines() if one.startswith(what))
+    return int(line.split()[1]) << 10
+
+
+STATUS = Path("/proc/self/status")
 
 
 def takes(parser: Parser, data: bytes, directory: Path) -> bool:
     """Whether the parser takes the bytes. Raises what is no error of its own."""
-    start = time.process_time()
+    STATUS.with_name("clear_refs").write_text("5")
+    start, before = time.process_time(), resident("VmRSS")
     try:
         parser.parse(data, directory)
     except parser.errors as problem:
@@ -31,6 +43,7 @@ def takes(parser: Parser, data: bytes, directory: Path) -> bool:
         return False
     finally:
         assert time.process_time() - start < MAX_SECONDS
+        assert resident("VmHWM") - before < MAX_BYTES
     return True
 
 

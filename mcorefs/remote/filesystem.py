@@ -271,7 +271,7 @@ def _entry_of(info: Mapping[str, object]) -> Entry:
     if info["type"] == "directory" or info.get("mimetype") == "text/html":
         return DIRECTORY
     size = info.get("size")
-    if type(size) is not int:
+    if type(size) is not int or size < 0:
         return Entry(False, None)
     mtime_ns = next((_nanoseconds(info[key]) for key in _TIMES if info.get(key)), 0)
     named = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")

@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import BinaryIO, Generic, NoReturn, TypeVar
 
+import numpy as np
+
 from mcorefs.errors import ReadFault
 from mcorefs.files import FileIdentity
 from mcorefs.remote.filesystem import DIRECTORY, Entry, FileSystem, connect
@@ -297,9 +299,9 @@ class RemotePath(Path):
 
 
 def _content(url: str, identity: FileIdentity) -> bytes:
-    out = bytearray(identity.size)
-    Objects({url: identity}, block_bytes=_LARGE).read_into(url, 0, memoryview(out))
-    return bytes(out)
+    out = np.empty(identity.size, np.uint8)  # a length that is only said costs no memory
+    Objects({url: identity}, block_bytes=_LARGE).read_into(url, 0, out.data)
+    return out.tobytes()
 
 
 class _Reading(io.RawIOBase):

@@ -30,11 +30,15 @@ from mcorefs.formats.zarr import Zarr
 from mcorefs.locate import Location
 from mcorefs.mapping import tokenizer
 from mcorefs.mapping.reference import own_code, read_reference
+from mcorefs.model import Options
 from mcorefs.pickle_objects import Built, Without
 from mcorefs.records import MetadataIndex
+from mcorefs.remote import parse_path
 from mcorefs.trainers import TRAINERS
+from mcorefs.tree import open_tree
 from mcorefs.verify.integrity import read_manifest
 from scripts.fuzzing import mutators, seeds
+from scripts.fuzzing.listed import listed
 from scripts.fuzzing.mutators import Mutate
 
 
@@ -289,7 +293,7 @@ def _tokenizer(data: bytes, directory: Path) -> object:
         if name in files:
             said = files[name]
             text = said if isinstance(said, str) else json.dumps(said)
-            (directory / name).write_bytes(text.encode(errors="surrogateescape"))
+            (directory / name).write_bytes(text.encode(errors="surrogatepass"))
     args = files.get("args")
     args = dict(args) if isinstance(args, dict) else {}
     args |= {
@@ -315,6 +319,12 @@ def _sentencepiece(data: bytes, directory: Path) -> object:
         {"tokenizer_type": "SentencePieceTokenizer", "vocab_extra_ids": 3},
     )
     return [tokenizer.find(directory, directory, None, one) for one in args]
+
+
+def _listing(data: bytes, _: Path) -> None:
+    """A bucket with such keys: to tell what is in it asks for no weights."""
+    opened = open_tree(parse_path(f"{listed(_object(data))}://bucket/run"), Options())
+    opened.reader.close()
 
 
 def _object(data: bytes) -> dict[str, object]:
@@ -374,6 +384,7 @@ PARSERS: Mapping[str, Parser] = {
     "tokenizer": Parser(_tokenizer, seeds.tokenizers, mutators.described),
     "tiktoken": Parser(_tiktoken, seeds.tiktokens, mutators.described),
     "sentencepiece": Parser(_sentencepiece, seeds.sentencepieces),
+    "listing": Parser(_listing, seeds.listings, mutators.described),
     "tracker": Parser(partial(_in, tracker.TRACKER, tracker.latest), seeds.trackers),
     "backend": Parser(partial(_in, "x.json", _step), seeds.objects, mutators.described),
 }

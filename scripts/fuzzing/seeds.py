@@ -294,13 +294,16 @@ def tokenizers() -> Iterator[bytes]:
 
 
 def listings() -> Iterator[bytes]:
-    """Keys in a bucket, with their sizes."""
-    run = {f"run/iter_0000100/{name}": SHARD_BYTES for name in SHARDS[:2]}
-    run |= {"run/iter_0000100/.metadata": 100, "run/iter_0000100/metadata.json": 40}
-    yield _json({**run, "run/latest_checkpointed_iteration.txt": 3, "run/": 0})
-    yield _json(
-        {"run/config.json": 10, "run/model.safetensors": 80, "run/iter_0000001/common.pt": 9}
-    )
+    """Keys in a bucket, each with its content or its size."""
+    fixture = ensure([DIST])[DIST]
+    index = "model.safetensors.index.json"
+    model = next(safetensors()).decode("latin-1")
+    copy = {"config.json": (fixture.hf / "config.json").read_text(), "model.safetensors": model}
+    yield _json({f"bucket/run/{name}": said for name, said in copy.items()})
+    run: dict[str, object] = {f"iter_0000100/{name}": SHARD_BYTES for name in SHARDS[:2]}
+    run |= {"iter_0000100/metadata.json": '{"sharded_backend": "torch_dist"}', "": 0}
+    run |= {"latest_checkpointed_iteration.txt": "100", "iter_0000100/.metadata": 100}
+    yield _json({f"bucket/run/{name}": said for name, said in run.items()} | {"bucket/x": index})
 
 
 def _json(value: object) -> bytes:
