@@ -212,3 +212,35 @@ def with_header(rng: random.Random, data: bytes) -> bytes:
         return data
     header = described(rng, data[8 : 8 + length])
     return struct.pack("<Q", len(header)) + header + data[8 + length :]
+
+
+_YAML = (
+    *(b"&a ", b"*a", b"!!python/name:os.system ''", b"!!float ", b"!!int ", b"!!timestamp ", b"!!"),
+    *(b"!!binary ", b"!!set {a, b}", b"!!omap [a: 1]", b"!!str ", b"<<: ", b"<<: *a", b"? ", b"- "),
+    *(b"{", b"}", b"[", b"]", b"|\n", b">-\n", b"2026-13-45", b"0o7", b"1:2:3", b"1_0", b".nan"),
+    *(b"~", b"null", b"true", b"0x", b"1e999", b"9" * 70, b"a: ", b"---\n", b"...\n", b"#", b"\t"),
+    *(b"_target_: ", b"_call_: true", b"_args_: [1]", b"\xe2\x80\xa8", b"\xef\xbb\xbf", b"${.a}"),
+)
+
+
+def written(rng: random.Random, data: bytes) -> bytes:
+    """YAML with a line or two moved, doubled or gone, or a word of it put where one begins."""
+    lines = data.split(b"\n")
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(lines))
+        starts = [0, *(i + 1 for i, byte in enumerate(lines[at]) if byte in b" :,[{")]
+        start = rng.choice(starts)
+        match rng.randrange(6):
+            case 0:
+                lines[at:at] = lines[at : at + rng.choice((1, 1, 3))]
+            case 1 if len(lines) > 1:
+                del lines[at]
+            case 2:
+                lines.insert(at, lines.pop(rng.randrange(len(lines))))
+            case 3:
+                lines[at] = lines[at][:start] + rng.choice(_YAML)
+            case 4:
+                lines[at] = b" " * rng.randrange(5) + lines[at].lstrip()
+            case _:
+                lines[at] = lines[at][:start] + rng.choice(_YAML) + lines[at][start:]
+    return b"\n".join(lines)

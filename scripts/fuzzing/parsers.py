@@ -369,11 +369,13 @@ PARSERS: Mapping[str, Parser] = {
     "integrity": Parser(
         partial(_in, "integrity.json", read_manifest), seeds.manifests, mutators.described
     ),
-    "run-config": _beside("iter_0000100", "iter_0000100/run_config.yaml", seeds.yamls, None),
-    "nemo-context": _beside("x/weights", "x/context/model.yaml", seeds.yamls, None),
+    "run-config": _beside(
+        "iter_0000100", "iter_0000100/run_config.yaml", seeds.yamls, mutators.written
+    ),
+    "nemo-context": _beside("x/weights", "x/context/model.yaml", seeds.yamls, mutators.written),
     "nemo-graph": _beside("x/weights", "x/context/io.json", seeds.objects),
     "nemo-adapter": _beside("x/weights", "x/weights/adapter_metadata.json", seeds.objects),
-    "nemo-config": _beside("x/weights", "x/model_config.yaml", seeds.yamls, None),
+    "nemo-config": _beside("x/weights", "x/model_config.yaml", seeds.yamls, mutators.written),
     "swift-args": _beside("iter_0000100", "args.json", seeds.objects),
     "verl-config": _beside(
         "global_step_5/actor/dist_ckpt",
