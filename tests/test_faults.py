@@ -417,6 +417,21 @@ def test_no_right_to_mount(libfuse: str, fixture: Fixture, place: Path) -> None:
     assert_says_what_else(said)
 
 
+def test_several_at_once_in_one_place(fixture: Fixture, place: Path) -> None:
+    """As when a job step runs on one node several times: one mounts, the others say so."""
+    command = [*MOUNT, str(fixture.root), str(place / "mnt")]
+    started = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    said = [process.communicate(timeout=120)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert sorted(codes) == [0, 1, 1, 1], said
+    refused = [text for text, code in zip(said, codes, strict=True) if code]
+    assert all("already a mount point" in text or "about to mount" in text for text in refused)
+    assert Path("/proc/mounts").read_text().count(f" {place / 'mnt'} ") == 1
+
+
 def test_no_device(fixture: Fixture, place: Path) -> None:
     command = in_namespace(
         "mount -t tmpfs none /dev && : > /dev/null", *MOUNT, fixture.root, place / "mnt"

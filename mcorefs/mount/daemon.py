@@ -23,7 +23,7 @@ from mcorefs.mount.living import Living
 from mcorefs.mount.logs import JsonLines
 from mcorefs.mount.mountpoint import mounted
 from mcorefs.mount.options import MountOptions
-from mcorefs.mount.place import check_place
+from mcorefs.mount.place import check_place, claimed
 from mcorefs.mount.privileges import keep_what_serving_needs
 from mcorefs.mount.session import message_file, run_session
 from mcorefs.mount.unmounting import unmount
@@ -57,10 +57,11 @@ def serve(
     Raises MountError, or what `check` raised, and leaves no mount and no process behind.
     """
     path = check_place(mnt, options)
-    if options.foreground:
-        serve_foreground(tree_factory, path, options, check, on_ready)
-        return
-    _start(tree_factory, path, options, check).forget()
+    with claimed(path, options) as release:
+        if options.foreground:
+            serve_foreground(tree_factory, path, options, check, on_ready, release)
+            return
+        _start(tree_factory, path, options, check).forget()
     if on_ready is not None:
         on_ready()
 
@@ -72,7 +73,8 @@ def mounting(
     """Serve `tree` at `mnt` from a forked process while the block runs, then unmount."""
     path = check_place(mnt, options)
     assert path is not None
-    server = _start(lambda: tree, path, options, None)
+    with claimed(path, options):
+        server = _start(lambda: tree, path, options, None)
     try:
         yield path
     finally:

@@ -31,8 +31,14 @@ def serve_foreground(
     options: MountOptions,
     check: Callable[[Path], None] | None,
     on_ready: Callable[[], None] | None,
+    on_live: Callable[[], None],
 ) -> None:
     """`serve` for `options.foreground`: returns when the mount at `path` has been removed."""
+
+    def live() -> None:
+        on_live()
+        checker.begin(expectation)
+
     checker = _Checker(path, options, check)  # forks, so it comes before any thread
     watcher = threading.Thread(target=checker.watch, args=(on_ready,), daemon=True)
     watcher.start()
@@ -40,7 +46,7 @@ def serve_foreground(
         tree = tree_factory()
         expectation = Expectation.of(tree)
         with message_file() as messages:
-            run_session(tree, path, options, messages, lambda: checker.begin(expectation))
+            run_session(tree, path, options, messages, live)
     finally:
         checker.end()
         watcher.join()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
 import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mcorefs.errors import MountError
@@ -47,6 +50,48 @@ def check_place(mnt: Path | None, options: MountOptions) -> Path | None:
             "descriptor, or none if it cannot be seen from here"
         )
     return entry.mountpoint
+
+
+@contextmanager
+def claimed(path: Path | None, options: MountOptions) -> Iterator[Callable[[], None]]:
+    """Nobody else of this program mounts at `path` in the block, or until the function given is
+    called: a second mount would hide the first. Raises MountError."""
+    fd = None if path is None or options.fuse_fd is not None else _locked(path)
+    is_held = fd is not None
+
+    def release() -> None:
+        nonlocal is_held
+        if fd is not None and is_held:
+            is_held = False
+            fcntl.flock(fd, fcntl.LOCK_UN)  # whoever was forked has the same lock
+
+    try:
+        if fd is not None and path is not None:
+            check_mountpoint(path)
+        yield release
+    finally:
+        release()
+        if fd is not None:
+            os.close(fd)
+
+
+def _locked(path: Path) -> int | None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None  # it need not be readable
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise MountError(
+            f"{path}: another process is about to mount there; is one of them started twice? "
+            "Name another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(fd)
+        return None
+    return fd
 
 
 def check_binding(binding: Binding, options: MountOptions) -> None:
