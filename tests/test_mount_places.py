@@ -15,6 +15,7 @@ from mcorefs.mount import MountOptions, check_mountpoint, mounted, unmount
 from mcorefs.mount.mountpoint import parse_mountinfo
 from mcorefs.mount.nodes import build_nodes
 from mcorefs.mount.operations import FaultLog
+from mcorefs.mount.place import claimed
 from mcorefs.tree import VirtualTree
 
 
@@ -159,6 +160,20 @@ def test_bad_mountpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_place_is_claimed_by_one(tmp_path: Path) -> None:
+    options = MountOptions()
+    with claimed(tmp_path, options) as release:
+        with pytest.raises(MountError, match="about to mount there"), claimed(tmp_path, options):
+            pass
+        release()
+        with claimed(tmp_path, options):
+            pass
+    with claimed(tmp_path, options):
+        pass
+    with pytest.raises(MountError, match="already a mount point"), claimed(Path("/proc"), options):
+        pass
+
+
 def test_mountpoint_of_another_user(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     (tmp_path / "closed/mnt").mkdir(parents=True)
