@@ -414,6 +414,8 @@ def test_no_right_to_mount(libfuse: str, fixture: Fixture, place: Path) -> None:
     said = mcorefs(*less, *MOUNT, fixture.root, place / "mnt", MCOREFS_FUSE=libfuse)
     assert "not permitted" in said or "Permission denied" in said
     assert "--cap-add SYS_ADMIN" in said
+    assert "AppArmor" in said
+    assert "SELinux" in said
     assert_says_what_else(said)
 
 
@@ -464,6 +466,7 @@ def test_a_device_that_is_not_ours(fixture: Fixture, place: Path) -> None:
     said = refused(0o600, os.environ["PATH"])
     assert "/dev/fuse cannot be opened: Permission denied" in said
     assert "chmod 666" in said
+    assert "SELinux or AppArmor is used" in said
     assert_says_what_else(said)
     said = refused(0o666, "/nonexistent")
     assert "neither fusermount3 nor fusermount is in PATH" in said

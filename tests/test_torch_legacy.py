@@ -558,6 +558,37 @@ def test_compressed_and_shortened_records_are_refused(
     assert re.search(rf"mp_rank_03/{FILE}.*data/1 has \d+ bytes, its pickle says", text)
 
 
+def test_storages_that_lie_in_one_place_are_refused(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    """As a damaged directory of the archive says: what is read of one would be the other's."""
+    root = tmp_path / "root"
+    shutil.copytree(fixtures["torch-qwen3-tp4-gqa2"].root, root)
+    file = root / "release" / "mp_rank_02" / FILE
+    with zipfile.ZipFile(file) as archive:
+        places = {member.filename: member.header_offset for member in archive.infolist()}
+    one, other = (places[name] for name in places if name.endswith(("/data/0", "/data/1")))
+    data = bytearray(file.read_bytes())
+    start = data.rindex(struct.pack("<I", other))  # in the directory, which is last
+    data[start : start + 4] = struct.pack("<I", one)
+    file.write_bytes(data)
+    assert re.search(rf"mp_rank_02/{FILE}.*record '\S*data/[01]' lies outside", error_of(root))
+
+
+def test_views_of_one_storage_may_overlap(tmp_path: Path) -> None:
+    """They are what was saved: torch.load gives the same elements to both."""
+    flat = torch.arange(12.0)
+    model: StateDict = {
+        "embedding.word_embeddings.weight": flat[:8].reshape(4, 2),
+        "decoder.final_layernorm.weight": flat[6:8],
+        "output_layer.weight": flat[:8].reshape(4, 2),
+    }
+    root = _saved(tmp_path, {"mp_rank_00": model}, {"untie_embeddings_and_output_weights": True})
+    found = _values(TorchLegacy().index(root))
+    assert found.keys() == model.keys()
+    assert all(np.array_equal(found[name], model[name].numpy()) for name in model)
+
+
 class _Touch:
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -259,6 +259,15 @@ def test_an_array_without_its_description(iteration: Path) -> None:
     assert f"{QKV}: it has chunks but no .zarray" in refusal(iteration)
 
 
+def test_chunks_in_one_place(iteration: Path) -> None:
+    """The name of a chunk's file says which chunk it is, so two have one file only by a link. A
+    symbolic one is refused. (Hard ones stay, as programs leave them that find equal files.)"""
+    first, second = sorted((iteration / QKV).glob("[0-9]*"))[:2]
+    second.unlink()
+    second.symlink_to(first.name)
+    assert f"{second}: is a symbolic link" in refusal(iteration)
+
+
 def test_an_array_behind_a_link(iteration: Path, tmp_path: Path) -> None:
     (iteration / QKV).rename(tmp_path / "elsewhere")
     (iteration / QKV).symlink_to(tmp_path / "elsewhere")

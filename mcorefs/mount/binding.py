@@ -88,7 +88,8 @@ def check_fuse(allow_other: bool) -> None:
             f"{_FUSE_DEVICE} cannot be opened: {error.strerror}.\n"
             + advice(
                 f"chmod 666 {_FUSE_DEVICE} as root"
-                " (in a container: --device /dev/fuse --cap-add SYS_ADMIN)"
+                " (in a container: --device /dev/fuse --cap-add SYS_ADMIN; where SELinux or "
+                "AppArmor is used, also --security-opt label=disable or apparmor=unconfined)"
             )
         ) from error
     if os.geteuid() == 0:

@@ -180,8 +180,9 @@ def _failure(
     text = f"libfuse {major}.{minor} {what} {where}: {said}"
     if "not permitted" in said.lower() or "permission denied" in said.lower():
         text += "\n" + advice(
-            "this user needs the right to: in a container --device /dev/fuse --cap-add SYS_ADMIN "
-            "(and --security-opt apparmor:unconfined where AppArmor is used)"
+            "this user needs the right to: in a container --device /dev/fuse --cap-add SYS_ADMIN; "
+            "where AppArmor is used --security-opt apparmor=unconfined, where SELinux is "
+            "--security-opt label=disable (dmesg and `ausearch -m avc` say whether they refused)"
         )
     return text
 
