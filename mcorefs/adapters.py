@@ -104,7 +104,7 @@ class Saved:
 def sort_out(tensors: Mapping[str, View], base: Mapping[str, View]) -> Adapter:
     """The adapter that `tensors` (by canonical names) are; what all experts share is that of each
     expert in `base`."""
-    problems = _Problems()
+    problems = Problems()
     bridge = [name for name in tensors if _BRIDGE.match(name)]
     named, remarks = _chosen(tensors, problems)
     factors: dict[tuple[str, str], dict[str, View]] = {}
@@ -153,7 +153,7 @@ def outline(tensors: Mapping[str, View]) -> Outline:
 
 
 def _chosen(
-    tensors: Mapping[str, View], problems: _Problems
+    tensors: Mapping[str, View], problems: Problems
 ) -> tuple[Mapping[str, View], tuple[str, ...]]:
     """Those of one of PEFT's adapters: runs with a reference policy keep a second one."""
     of: dict[str, str] = {}
@@ -206,7 +206,7 @@ def merge(
 ) -> tuple[dict[str, View], list[str]]:
     """(the tensors that those of `base` become, every problem)."""
     tensors = dict(base)
-    problems = _Problems()
+    problems = Problems()
     if adapter.pairs and terms.scale is None and terms.training.alpha is None:
         problems.add(
             "nothing says how the adapter is scaled (alpha / r): give it with --adapter PATH:SCALE"
@@ -374,7 +374,7 @@ def _row_pieces(view: View) -> int:
     return len({chunk.box.offsets[-2] for chunk in tensor.chunks})
 
 
-class _Problems:
+class Problems:
     """Problems, with the many of one kind folded into one line."""
 
     def __init__(self) -> None:

@@ -113,8 +113,8 @@ Adapter = Annotated[
     typer.Option(
         "--adapter",
         metavar="PATH[:SCALE]",
-        help="A checkpoint that holds a LoRA adapter (ms-swift, Megatron-Bridge): merged into the "
-        "weights when they are read. SCALE replaces alpha / r.",
+        help="A LoRA adapter, as a checkpoint (ms-swift, Megatron-Bridge) or in PEFT's format: "
+        "merged into the weights when they are read. SCALE replaces alpha / r.",
     ),
 ]
 WithMtp = Annotated[

@@ -84,14 +84,18 @@ class Addmm(Computed):
 
 @dataclass(frozen=True, slots=True)
 class Add(Elementwise):
-    """`source` + `other`: (source.float() + other).to(source.dtype), bit for bit."""
+    """`source` + `other`: (source.float() + other).to(source.dtype), bit for bit; of a view,
+    other.float()."""
 
     source: View
-    other: float
+    other: float | View
 
     def __post_init__(self) -> None:
-        if self.dtype not in _FLOATS:
-            raise ValueError(f"add to {self.dtype.name}")
+        for view in self.sources:
+            if view.dtype not in _FLOATS:
+                raise ValueError(f"add to {view.dtype.name}")
+            if view.shape != self.shape:
+                raise ValueError(f"add of {self.shape} and {view.shape}")
 
     @property
     def dtype(self) -> DType:
@@ -103,13 +107,34 @@ class Add(Elementwise):
 
     @property
     def sources(self) -> tuple[View, ...]:
-        return (self.source,)
+        return (self.source,) if isinstance(self.other, float) else (self.source, self.other)
 
     def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
         values = _read(self.source, box, leaf).astype(np.float32)
+        if isinstance(self.other, float):
+            other: Array | np.float32 = np.float32(self.other)
+        else:
+            other = _read(self.other, box, leaf).astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):  # becomes inf or nan, as in torch
-            total = (values + np.float32(self.other)).astype(self.dtype.values)
+            values += other
+            total = values.astype(self.dtype.values)
         out[...] = total.view(self.dtype.carrier)
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing(Computed):
+    """What may be added to any value, and leaves its bits as they are: -0.0 throughout (0.0 would
+    make another zero of -0.0)."""
+
+    shape: Shape
+    dtype: DType = F32
+
+    @property
+    def sources(self) -> tuple[View, ...]:
+        return ()
+
+    def read_into(self, box: Box, out: Array, leaf: Leaf) -> None:
+        out[...] = 1 << (8 * self.dtype.itemsize - 1)
 
 
 def _matmul(left: Array, right: Array) -> Array:

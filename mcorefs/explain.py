@@ -89,7 +89,7 @@ def _why_incomplete(path: Path) -> str:
         what = "it holds only common.pt: ms-swift saved the LoRA adapter that it trained"
         if is_file(merged / "config.json"):
             return f"{what} beside it, in PEFT's format, and the model merged with it in {merged}"
-        return f"{what} beside it, in PEFT's format; load that with peft on top of its base model"
+        return f"{what} beside it, in PEFT's format; {_with_base(path.parent)}"
     if is_file(path / "common.pt"):
         return (
             "it holds only common.pt: ms-swift with save_safetensors and no_save_optim puts the "
@@ -110,16 +110,23 @@ def _why_no_zarr(path: Path) -> str | None:
     return None
 
 
+def _with_base(path: Path) -> str:
+    """What to do with the adapter in `path`."""
+    try:
+        base = (steps.read_json(path / _ADAPTER_FILES[0]) or {}).get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    named = f" ({base:.200})" if isinstance(base, str) and base else ""
+    return f"pass its base model{named} as CKPT, and --adapter {path}"
+
+
 def explain(path: Path, below: list[Path]) -> str:
     """Why `path` is not a checkpoint: what it is, and what to pass."""
     if below:
         listed = "\n  ".join(str(place) for place in below)
         return f"{path} holds several checkpoints; pass one of them:\n  {listed}"
     if _holds_peft(path):
-        return (
-            f"{path} holds a LoRA adapter (PEFT), not a Megatron checkpoint; load it with peft on "
-            "top of its base model"
-        )
+        return f"{path} holds a LoRA adapter (PEFT), not a Megatron checkpoint; {_with_base(path)}"
     if any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
         return (
             f"{path} holds weights in a Hugging Face format but no config.json; they need no "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from mcorefs.adapters import outline
+from mcorefs.adapters import Outline, outline
 from mcorefs.catalog import build
 from mcorefs.errors import CheckpointError, MappingError, NoWeightsError
 from mcorefs.formats import HUGGINGFACE, Checkpoint
@@ -19,7 +19,6 @@ from mcorefs.passthrough import instead
 from mcorefs.patience import patiently
 from mcorefs.trainers import LoraTraining, companions
 from mcorefs.tree import Source, source_at
-from mcorefs.views import View
 
 PARALLEL: Mapping[str, str] = {
     "TP": "tensor_model_parallel_size",
@@ -116,7 +115,7 @@ def _inspect(path: Path, options: Options) -> Inspection:
     except MappingError as error:
         summary = str(error).partition("\n")[0]
         return _described(location, options, found, (summary, *error.problems))
-    if isinstance(source, Model) and source.adapted is not None:  # its tensors are not all CKPT's
+    if source.adapted is not None:  # its tensors are not all CKPT's
         return _of_source(_described(location, options, found, ()), source)
     found = replace(found, path=str(source.location.path))
     return _of_source(_of_checkpoint(found, source.checkpoint), source)
@@ -161,13 +160,10 @@ def _adapter(location: Location, checkpoint: Checkpoint) -> LoraFound | None:
     if not added:
         return None
     training = companions(location, checkpoint).lora or LoraTraining()
-    return _lora(location.path, added, training, training.base)
+    return _lora(location.path, outline(added), training, training.base)
 
 
-def _lora(
-    path: Path, added: Mapping[str, View], training: LoraTraining, base: str | None
-) -> LoraFound:
-    shape = outline(added)
+def _lora(path: Path, shape: Outline, training: LoraTraining, base: str | None) -> LoraFound:
     return LoraFound(
         str(path),
         shape.ranks,
@@ -200,12 +196,11 @@ def _of_source(found: Inspection, source: Source) -> Inspection:
         parameters = sum(nbytes // itemsize for nbytes, itemsize in sizes)
         total = sum(nbytes for nbytes, _ in sizes)
         found = replace(found, parameters=parameters, total_bytes=total)
+    if (adapted := source.adapted) is not None and source.outline is not None:
+        base = None if adapted.base is None else str(adapted.base)
+        found = replace(found, adapter=_lora(adapted.path, source.outline, adapted.training, base))
     if not isinstance(source, Model):
         return replace(found, args_source=None)
-    if (adapted := source.adapted) is not None:
-        added = build(source.checkpoint.tensors).adapter
-        base = None if adapted.base is None else str(adapted.base)
-        found = replace(found, adapter=_lora(adapted.path, added, adapted.training, base))
     return replace(
         found,
         evidence=source.choice.evidence,

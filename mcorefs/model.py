@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
-from mcorefs import adapters, catalog, interleaving
-from mcorefs.adapters import Adapter, Saved, Terms
+from mcorefs import adapters, catalog, interleaving, peft
+from mcorefs.adapters import Adapter, Outline, Saved, Terms, outline
 from mcorefs.catalog import Catalog
 from mcorefs.dtypes import BY_TORCH, DType
 from mcorefs.errors import CheckpointError, MappingError
@@ -21,13 +21,14 @@ from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
-from mcorefs.mapping.plan import HfTensor, plan
+from mcorefs.mapping.plan import HfTensor, cast, plan
 from mcorefs.mapping.reference import HF_CONFIG, NO_REFERENCE, Reference, own_code, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find, with_processor
 from mcorefs.names import is_of_mtp
 from mcorefs.patience import READ_TIMEOUT
+from mcorefs.peft import PeftAdapter
 from mcorefs.remote import is_url, parse_path
-from mcorefs.sources import Adapted, read_sources
+from mcorefs.sources import Adapted, Sources, read_sources, refuse_main_params
 from mcorefs.trainers import Companions
 from mcorefs.views import View
 
@@ -57,7 +58,7 @@ class Options:
     weights: str = "model"
     """One of WEIGHTS; "optimizer" gives float32 unless `dtype` says otherwise."""
     adapter: Path | None = None
-    """A checkpoint that holds a LoRA adapter, to be merged into the weights."""
+    """A LoRA adapter, as a checkpoint or in PEFT's format, to be merged into the weights."""
     adapter_scale: float | None = None
     """What B @ A is multiplied with; None: alpha / r, as in training."""
     mtp: bool = True
@@ -91,6 +92,8 @@ class Model:
     """What the user should know: what was assumed, cut, kept or not found."""
     adapted: Adapted | None = None
     """The LoRA adapter that is merged into the weights, if any."""
+    outline: Outline | None = None
+    """What it changes."""
     code: Mapping[str, bytes] = field(default_factory=dict)
     """Files of Python that the model comes with, where transformers has no class of it."""
 
@@ -117,7 +120,7 @@ def load_at(location: Location, options: Options) -> Model:
             f"{location.path} is a Hugging Face model directory already: no conversion is needed, "
             "pass it to from_pretrained as it is"
         )
-    sources = read_sources(location, weights, options.adapter, options.index_cache)
+    sources, added = _sources(location, weights, options)
     checkpoint, beside = sources.checkpoint, sources.companions
     reference = _reference(options, beside)
     canonical = catalog.build(checkpoint.tensors, checkpoint.fc1_ranks)
@@ -143,7 +146,7 @@ def load_at(location: Location, options: Options) -> Model:
         trained, faults = _merged(adapter, trained, facts, sources.adapted, options)
         problems += [*adapter.problems, *faults]
         remarks += adapter.remarks
-    tensors, faults = plan(choice.family, trained, facts, dtype)
+    tensors, faults = _planned(choice.family, trained, facts, dtype, added, options)
     problems += [*canonical.problems, *in_turns, *faults]
     tokenizer = find(
         options.tokenizer,
@@ -191,8 +194,36 @@ def load_at(location: Location, options: Options) -> Model:
         tokenizer,
         tuple(remarks),
         sources.adapted,
+        outline(canonical.adapter) if added is None else added.outline,
         code,
     )
+
+
+def _sources(
+    location: Location, weights: WeightsFrom, options: Options
+) -> tuple[Sources, PeftAdapter | None]:
+    """What the model is made of, and the adapter if that is one in PEFT's format."""
+    adapter = options.adapter
+    if adapter is None or not peft.is_adapter(adapter):
+        return read_sources(location, weights, adapter, options.index_cache), None
+    added = peft.read_adapter(adapter)
+    sources = read_sources(location, weights, None, options.index_cache)
+    if sources.adapted is not None:
+        raise CheckpointError(
+            f"{location.path} holds a LoRA adapter itself: pass the checkpoint of its base model "
+            "as CKPT, and one adapter"
+        )
+    refuse_main_params(weights)
+    checkpoint = replace(
+        sources.checkpoint,
+        files={**sources.checkpoint.files, **added.files},
+        remarks=(
+            *sources.checkpoint.remarks,
+            f"the LoRA adapter in {adapter} is merged on read into {location.path}",
+        ),
+    )
+    adapted = Adapted(adapter, location.path, added.training, {}, peft.NAME)
+    return replace(sources, checkpoint=checkpoint, adapted=adapted), added
 
 
 def _with_mtp(
@@ -228,6 +259,24 @@ def _merged(
     saved = Saved.of(adapted.args, adapted.format)
     terms = Terms(adapted.training, options.adapter_scale, facts.dims, saved)
     return adapters.merge(adapter, trained, terms)
+
+
+def _planned(
+    family: Family,
+    trained: Mapping[str, View],
+    facts: Facts,
+    dtype: DType | None,
+    added: PeftAdapter | None,
+    options: Options,
+) -> tuple[list[HfTensor], list[str]]:
+    """The Hugging Face tensors, with an adapter in PEFT's format if one is `added`, and every
+    problem."""
+    if added is None:
+        return plan(family, trained, facts, dtype)
+    tensors, problems = plan(family, trained, facts)
+    base = peft.Base(facts.tied, bool(family.sections))
+    tensors, faults = peft.merge(tensors, added, options.adapter_scale, base)
+    return cast(tensors, dtype), [*problems, *faults]
 
 
 def parse_adapter(text: str) -> tuple[Path, float | None]:

@@ -4,25 +4,34 @@ What trainers save through a bridge (verl by default, ms-swift with save_safeten
 conversion; it is served so that one command serves every checkpoint of a run. Hidden files are
 left out. Nothing is opened but config.json, and the headers of safetensors files, whose lengths
 must be what their headers say.
+
+With an adapter, safetensors files have the same headers, and the weights that the adapter changes
+are computed when they are read. Whatever else holds weights of the model is left out.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mcorefs.errors import CheckpointError, NoWeightsError
+from mcorefs.adapters import Outline
+from mcorefs.errors import CheckpointError, MappingError, NoWeightsError
 from mcorefs.files import BytesFile, VirtualFile
 from mcorefs.formats import HUGGINGFACE, Checkpoint
 from mcorefs.formats.base import refusal
-from mcorefs.formats.huggingface import resolved
+from mcorefs.formats.huggingface import INDEX, resolved
+from mcorefs.layout import SafetensorsLayout
 from mcorefs.locate import Location, is_root
 from mcorefs.mapping import tokenizer
 from mcorefs.mapping.plan import HfTensor
 from mcorefs.mapping.tokenizer import Tokenizer
+from mcorefs.merging import Merged, merge_into
 from mcorefs.model import Options
+from mcorefs.reader import Reader, SafetensorsFile
+from mcorefs.sources import Adapted
 from mcorefs.storage import FileIdentity, Storage, read_file, regular_file
 from mcorefs.tracker import TRACKER, TRAIN_STATE
 from mcorefs.views import Stored
@@ -30,6 +39,11 @@ from mcorefs.views import Stored
 SMALL = 1 << 20
 """Bytes up to which a file that holds no weights is kept in memory."""
 WEIGHTS = (".safetensors", ".bin")
+_OTHER_WEIGHTS = re.compile(
+    r"\.(?:safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data)(?:\.index\.json)?$"
+    r"|^adapter_(?:config|model)\."
+)
+"""Files with weights in other formats, and an adapter that transformers would put on top."""
 _MAX_DEPTH = 8
 
 
@@ -59,6 +73,22 @@ class Passthrough:
     files: Mapping[str, tuple[str, FileIdentity]]
     """By relative path: where it really lies, and as what."""
     remarks: tuple[str, ...]
+    merged: Merged | None = None
+    """The adapter that is in `tensors`, if any."""
+
+    @property
+    def adapted(self) -> Adapted | None:
+        return None if self.merged is None else self.merged.adapted
+
+    @property
+    def outline(self) -> Outline | None:
+        return None if self.merged is None else self.merged.outline
+
+    @property
+    def identities(self) -> dict[str, FileIdentity]:
+        """All files that are read."""
+        added = {} if self.merged is None else self.merged.files
+        return {**dict(self.files.values()), **added}
 
     @property
     def architecture(self) -> str:
@@ -66,16 +96,37 @@ class Passthrough:
         first = named[0] if isinstance(named, list) and named else self.config.get("model_type")
         return str(first or "a model")
 
-    def serve(self, storage: Storage) -> dict[str, VirtualFile]:
-        """The files of the tree, read through `storage`."""
+    def serve(self, storage: Storage, reader: Reader) -> dict[str, VirtualFile]:
+        """The files of the tree, read through `storage` and the `reader` on top of it."""
         served: dict[str, VirtualFile] = {}
+        layouts = self._layouts(storage)
         for name, (path, identity) in self.files.items():
             small = identity.size <= SMALL and not name.endswith(WEIGHTS)
-            if small or identity.size == 0 or name == "config.json":
+            if path in layouts:
+                served[name] = SafetensorsFile(layouts[path], reader)
+            elif small or identity.size == 0 or name == "config.json":
                 served[name] = BytesFile(storage.read(path, 0, identity.size))
             else:
                 served[name] = StoredFile(path, identity.size, storage)
         return served
+
+    def _layouts(self, storage: Storage) -> dict[str, SafetensorsLayout]:
+        """By path, the files with weights that an adapter changes: as they lie, header included."""
+        if self.merged is None:
+            return {}
+        placed: dict[str, list[tuple[int, HfTensor]]] = {}
+        changed: set[str] = set()
+        for tensor in self.tensors:
+            for chunk in self.checkpoint.tensors[tensor.name].chunks:  # one, or none of no elements
+                placed.setdefault(chunk.span.path, []).append((chunk.span.offset, tensor))
+                if not isinstance(tensor.view, Stored):
+                    changed.add(chunk.span.path)
+        layouts: dict[str, SafetensorsLayout] = {}
+        for path in changed:
+            starts, tensors = zip(*sorted(placed[path], key=lambda one: one[0]), strict=True)
+            header, size = storage.read(path, 0, starts[0]), self.checkpoint.files[path].size
+            layouts[path] = SafetensorsLayout(header, tensors, starts, size)
+        return layouts
 
 
 def instead(location: Location, error: NoWeightsError) -> Location:
@@ -110,9 +161,42 @@ def read(location: Location, options: Options) -> Passthrough:
         raise refusal(directory, problems)
     checkpoint = HUGGINGFACE.index(directory)
     tensors = tuple(HfTensor(name, Stored(held)) for name, held in checkpoint.tensors.items())
+    if options.adapter is not None:
+        plain = Passthrough(
+            location, checkpoint, tensors, config, found, files, tuple(location.remarks)
+        )
+        return _with_adapter(plain, options)
     remark = "it is a Hugging Face model directory already: served as it is, without conversion"
     remarks = (*location.remarks, remark, *_unused(options))
     return Passthrough(location, checkpoint, tensors, config, found, files, remarks)
+
+
+def _with_adapter(plain: Passthrough, options: Options) -> Passthrough:
+    """`plain` with the adapter that is given. Raises CheckpointError with every problem found."""
+    directory, checkpoint = plain.location.path, plain.checkpoint
+    problems: list[str] = []
+    if checkpoint.skipped:
+        problems.append(f"some of its tensors are {', '.join(checkpoint.skipped)}")
+    if not plain.tensors:
+        problems.append("it holds no safetensors; other files with weights are never opened")
+    merged = merge_into(directory, plain.tensors, plain.config, options)
+    problems += merged.problems
+    if problems:
+        raise MappingError(
+            f"the adapter in {options.adapter} cannot be merged into {directory}:", problems
+        )
+    used = {chunk.span.path for held in checkpoint.tensors.values() for chunk in held.chunks}
+    files = {
+        name: (path, identity)
+        for name, (path, identity) in plain.files.items()
+        if path in used or name == INDEX or not _OTHER_WEIGHTS.search(name)
+    }
+    remarks = [*plain.remarks, *merged.remarks, *_unused(options)]
+    if left_out := ", ".join(sorted(plain.files.keys() - files.keys())):
+        remarks.append(f"left out, since the adapter is not in them: {left_out}")
+    return replace(
+        plain, tensors=merged.tensors, files=files, remarks=tuple(remarks), merged=merged
+    )
 
 
 def _unfit(options: Options) -> list[str]:
@@ -121,7 +205,6 @@ def _unfit(options: Options) -> list[str]:
         "--dtype": options.dtype,
         "--vocab-size": options.vocab_size,
         "--tokenizer": options.tokenizer,
-        "--adapter": options.adapter,
         "--weights": None if options.weights == "model" else options.weights,
     }
     return [

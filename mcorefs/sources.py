@@ -90,7 +90,7 @@ def read_sources(
         if given is not None:
             raise _no_adapter(given)
         return Sources(location, own.checkpoint, own.beside)
-    _refuse_main_params(weights)
+    refuse_main_params(weights)
     if own.has_base:
         adapted = Adapted(location.path, None, own.training, own.beside.args, own.checkpoint.format)
         return Sources(location, own.checkpoint, own.beside, adapted)
@@ -108,7 +108,7 @@ def _read(location: Location, weights: WeightsFrom, remembers: bool = False) -> 
 
 
 def _with_adapter(own: _Read, located: Location, weights: WeightsFrom) -> Sources:
-    _refuse_main_params(weights)
+    refuse_main_params(weights)
     here = own.location.path
     if own.adapter:
         what = "a LoRA adapter of its own" if own.has_base else "only a LoRA adapter itself"
@@ -192,7 +192,8 @@ def _no_base(adapter: _Read, why: str) -> str:
     return f"{text}; {_MERGE_ELSEWHERE}"
 
 
-def _refuse_main_params(weights: WeightsFrom) -> None:
+def refuse_main_params(weights: WeightsFrom) -> None:
+    """Raises CheckpointError unless `weights` are those that an adapter is made for."""
     if weights != "model":
         raise CheckpointError(
             f"--weights {weights} cannot be given where a LoRA adapter is merged: its base model "

@@ -131,12 +131,12 @@ def build(source: Source, shard_size: int | str, means: Means | int) -> tuple[Vi
     """
     means = Means(means) if isinstance(means, int) else means
     if isinstance(source, Passthrough):
-        identities = dict(source.files.values())
-        storage, reader = _reader(identities, means)
-        return _tree(_ahead(source.serve(storage), storage), identities), reader
+        storage, reader = _reader(source.identities, means)
+        files = source.serve(storage, reader)
+        return _tree(_ahead(files, storage), source.identities), reader
     storage, reader = _reader(source.checkpoint.files, means)
     layouts, index = lay_out(source.tensors, shard_size)
-    files: dict[str, VirtualFile] = {
+    files = {
         "config.json": BytesFile(dump(source.config)),
         "generation_config.json": BytesFile(source.generation_config),
     }

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mcorefs.arithmetic import Addmm
+from mcorefs.arithmetic import Add, Addmm, Nothing
 from mcorefs.boxes import Box
 from mcorefs.dtypes import BF16, BY_NAME, F16, F32, DType
 from mcorefs.views import Array, Narrow, Permute, Select, Stored, Unflatten, View, moves_only
@@ -84,6 +84,46 @@ def test_any_box_is_what_torch_says(data: st.DataObject) -> None:
     out = np.full(box.sizes[::-1], 0xA5, weight.carrier).T
     view.read_into(box, out, memory.leaf)
     np.testing.assert_array_equal(out, bits(wanted, weight)[box.slices()])
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_sum_of_views_is_what_torch_says(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    one, other = (data.draw(st.sampled_from(FLOATS)) for _ in range(2))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    w = torch.randn(shape, generator=generator).to(torch_dtype(one))
+    delta = torch.randn(shape, generator=generator).to(torch_dtype(other))
+    memory = Memory()
+    view = Add(stored(memory, w, data), stored(memory, delta, data))
+    assert (view.shape, view.dtype) == (shape, one)
+    assert not moves_only(view)
+    wanted = (w.float() + delta.float()).to(w.dtype)
+    box = data.draw(boxes(shape))
+    out = np.full(box.sizes[::-1], 0xA5, one.carrier).T
+    view.read_into(box, out, memory.leaf)
+    np.testing.assert_array_equal(out, bits(wanted, one)[box.slices()])
+
+
+def test_nothing_leaves_every_bit_as_it_is() -> None:
+    values = torch.tensor([[0.0, -0.0, 1.0, -1.5], [torch.inf, -torch.inf, 1e-40, 3e38]])
+    for dtype in FLOATS:
+        memory = Memory()
+        w = values.to(torch_dtype(dtype))
+        for nothing in FLOATS:
+            found = whole(Add(stored(memory, w), Nothing((2, 4), nothing)), memory)
+            np.testing.assert_array_equal(found, bits(w, dtype))
+            found = whole(Add(Nothing((2, 4), dtype), stored(memory, w)), memory)
+            np.testing.assert_array_equal(found, bits(w, dtype))
+
+
+def test_sums_that_are_none() -> None:
+    memory = Memory()
+    view = stored(memory, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"add of \(2, 3\) and \(3, 2\)"):
+        Add(view, Permute(view, (1, 0)))
+    with pytest.raises(ValueError, match="add to I32"):
+        Add(view, Stored(memory.add(BY_NAME["I32"], (2, 3), [Box.whole((2, 3))])))
 
 
 def test_blocks_are_joined() -> None:

@@ -201,10 +201,12 @@ def test_an_adapter_that_was_only_saved_for_peft(
     for file in iteration.iterdir():
         if file.name != "common.pt":
             file.unlink()
-    (checkpoint / "adapter_config.json").write_text("{}")
+    named = {"base_model_name_or_path": "Qwen/Qwen3-0.6B"}
+    (checkpoint / "adapter_config.json").write_text(json.dumps(named))
     (checkpoint / "adapter_model.safetensors").write_bytes(b"")
     path = {"run": checkpoint.parent, "checkpoint": checkpoint, "iteration": iteration}[level]
-    with pytest.raises(CheckpointError, match="load that with peft on top of its base model"):
+    wanted = rf"pass its base model \(Qwen/Qwen3-0.6B\) as CKPT, and --adapter {checkpoint}"
+    with pytest.raises(CheckpointError, match=wanted):
         load(path, Options())
     merged = checkpoint.with_name("checkpoint-100-merged")
     shutil.copytree(fixture.hf, merged)

@@ -126,7 +126,7 @@ def read_weights(directory: Path, problems: list[str], resolve: Resolve) -> Weig
                 else (
                     path,
                     identity,
-                    again(lambda: dict(_header(path))),
+                    again(lambda: dict(read_header(path))),
                 )
             )
         except (CheckpointError, OSError) as problem:
@@ -217,7 +217,7 @@ def _local(path: Path) -> Iterator[str]:
         os.close(hollow)
 
 
-def _header(path: Path) -> Iterator[tuple[str, StoredTensor | str]]:
+def read_header(path: Path) -> Iterator[tuple[str, StoredTensor | str]]:
     """The tensors of a file whose header the safetensors library accepts, which proves that they
     fill it exactly; for a dtype that is not known, its name."""
     from safetensors import SafetensorError, safe_open

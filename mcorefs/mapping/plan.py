@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class HfTensor:
     that share memory; empty: alone."""
     is_buffer: bool = False
     """save_pretrained does not count it among the model's parameters."""
+    keeps_dtype: bool = False
+    """--dtype leaves it as stored."""
 
     @property
     def shape(self) -> Shape:
@@ -71,11 +73,21 @@ def plan(
                 key = _sort_key(family, rule, name, place, position)
                 alike: list[HfTensor] = []
                 planned.append(((key, position, place.expert), alike))
-            alike.append(HfTensor(name, view, storage, rule.is_buffer))
+            alike.append(HfTensor(name, view, storage, rule.is_buffer, rule.keeps_dtype))
     problems.unused(tensors.keys() - used)
     planned.sort(key=lambda item: item[0])  # type: ignore[arg-type,return-value]
     ordered = [tensor for _, alike in planned for tensor in alike]
     return ordered, [*problems, *_unexpressed(family, facts)]
+
+
+def cast(tensors: Sequence[HfTensor], dtype: DType | None) -> list[HfTensor]:
+    """`tensors` as `plan` casts them."""
+    return [
+        tensor
+        if dtype is None or tensor.keeps_dtype or not tensor.dtype.is_float
+        else replace(tensor, view=to(tensor.view, dtype))
+        for tensor in tensors
+    ]
 
 
 class _Place(NamedTuple):
