@@ -12,7 +12,8 @@ from mcorefs.boxes import Box, Shape
 from mcorefs.dtypes import BF16, F16, F32, DType
 from mcorefs.views import Array, Computed, Elementwise, Leaf, View
 
-_FLOATS = (BF16, F16, F32)
+FLOATS = (BF16, F16, F32)
+"""Dtypes that are calculated with."""
 _BLOCK = (64, 4096)
 """Rows and columns calculated at a time: few enough to stay in the processor's cache."""
 _ONE_THREAD = 1 << 18
@@ -45,7 +46,7 @@ class Addmm(Computed):
         if (rows, columns, rank) != (height, width, depth):
             raise ValueError(f"addmm of {shapes}")
         used = (self.source.dtype, self.mat1.dtype, self.mat2.dtype, self.product)
-        if any(dtype not in _FLOATS for dtype in used):
+        if any(dtype not in FLOATS for dtype in used):
             raise ValueError(f"addmm of {[dtype.name for dtype in used]}")
 
     @property
@@ -92,7 +93,7 @@ class Add(Elementwise):
 
     def __post_init__(self) -> None:
         for view in self.sources:
-            if view.dtype not in _FLOATS:
+            if view.dtype not in FLOATS:
                 raise ValueError(f"add to {view.dtype.name}")
             if view.shape != self.shape:
                 raise ValueError(f"add of {self.shape} and {view.shape}")

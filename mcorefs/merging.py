@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mcorefs import peft
-from mcorefs.adapters import Outline
-from mcorefs.errors import CheckpointError
+from mcorefs import catalog, deltas, peft
+from mcorefs.adapters import Outline, outline
 from mcorefs.files import FileIdentity
-from mcorefs.locate import locate
 from mcorefs.mapping.plan import HfTensor
+from mcorefs.mapping.reference import read_reference
 from mcorefs.model import Options
-from mcorefs.sources import Adapted
+from mcorefs.sources import Adapted, Sources, read_adapter
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,47 @@ def merge_into(
     """
     path = options.adapter
     assert path is not None
+    tied = _is_tied(tensors, config)
     if not peft.is_adapter(path):
-        raise CheckpointError(
-            "--adapter cannot be given for a Hugging Face model directory unless it is in PEFT's "
-            f"format; {locate(path).path} is not"
-        )
+        return _of_megatron(directory, tensors, tied, options, read_adapter(path))
     added = peft.read_adapter(path)
-    base = peft.Base(_is_tied(tensors, config), "vision_config" in config)
+    base = peft.Base(tied, "vision_config" in config)
     merged, problems = peft.merge(tensors, added, options.adapter_scale, base)
     adapted = Adapted(path, directory, added.training, {}, peft.NAME)
-    remark = f"the LoRA adapter in {path} is merged on read into {directory}"
-    return Merged(tuple(merged), adapted, added.outline, added.files, tuple(problems), (remark,))
+    remarks = _remarks(adapted)
+    return Merged(tuple(merged), adapted, added.outline, added.files, tuple(problems), remarks)
+
+
+def _of_megatron(
+    directory: Path,
+    tensors: Sequence[HfTensor],
+    tied: bool,
+    options: Options,
+    source: Sources,
+) -> Merged:
+    reference = read_reference(directory, str(directory / "config.json"))
+    merged, problems = deltas.add_to(tensors, source, options.adapter_scale, reference)
+    if tied:
+        both = zip(merged, tensors, strict=True)
+        problems += peft.untied(new.name for new, old in both if new.view is not old.view)
+    assert source.adapted is not None
+    adapted = replace(source.adapted, base=directory)
+    return Merged(
+        tuple(merged),
+        adapted,
+        outline(catalog.build(source.checkpoint.tensors).adapter),
+        source.checkpoint.files,
+        tuple(problems),
+        (*source.checkpoint.remarks, *_remarks(adapted)),
+    )
+
+
+def _remarks(adapted: Adapted) -> tuple[str, ...]:
+    remark = f"the LoRA adapter in {adapted.path} is merged on read into {adapted.base}"
+    named = adapted.training.base
+    if named is None or named == str(adapted.base):
+        return (remark,)
+    return remark, f"it was trained on top of {named}, as its run says: is that the base model?"
 
 
 def _is_tied(tensors: Sequence[HfTensor], config: Mapping[str, object]) -> bool:

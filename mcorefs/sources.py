@@ -107,6 +107,22 @@ def _read(location: Location, weights: WeightsFrom, remembers: bool = False) -> 
     return _Read(location, checkpoint, companions(location, checkpoint))
 
 
+def read_adapter(path: Path) -> Sources:
+    """The adapter in the checkpoint at `path`, without the base model that may be in it too.
+
+    Raises CheckpointError where there is none.
+    """
+    located = locate(path)
+    if located.format is HUGGINGFACE:
+        raise _no_adapter(located)
+    read = _read(located, "model")
+    if not read.adapter:
+        raise _no_adapter(located)
+    added = {fqn: read.checkpoint.tensors[fqn] for fqn in read.adapter}
+    adapted = Adapted(located.path, None, read.training, read.beside.args, read.checkpoint.format)
+    return Sources(located, replace(read.checkpoint, tensors=added), read.beside, adapted)
+
+
 def _with_adapter(own: _Read, located: Location, weights: WeightsFrom) -> Sources:
     refuse_main_params(weights)
     here = own.location.path
@@ -169,10 +185,10 @@ def _recorded_base(adapter: _Read) -> _Read:
     try:
         location = locate(place)
         if location.format is HUGGINGFACE:
-            raise CheckpointError(f"{place} is a Hugging Face model, not a Megatron checkpoint")
+            raise CheckpointError(f"{place} is a Hugging Face model: it is not taken unasked")
         base = _read(location, "model")
     except CheckpointError as problem:
-        raise CheckpointError(_no_base(adapter, f"which cannot be opened: {problem}")) from None
+        raise CheckpointError(_no_base(adapter, f"which cannot be used: {problem}")) from None
     if not base.has_base or base.adapter:
         raise CheckpointError(_no_base(adapter, "which holds an adapter itself"))
     return base
@@ -184,12 +200,18 @@ def _no_base(adapter: _Read, why: str) -> str:
     named = f" ({training.base}, {why})" if training.base else ""
     text = (
         f"{path} holds only a LoRA adapter ({len(adapter.adapter)} tensors), not the base model "
-        f"that it was trained on top of{named}. Pass the Megatron checkpoint of the base model as "
-        f"CKPT, and --adapter {path}"
+        f"that it was trained on top of{named}. Pass the base model, as a Megatron checkpoint or a "
+        f"Hugging Face model directory{_perhaps(adapter)}, as CKPT, and --adapter {path}"
     )
     if training.merged is not None:
         return f"{text}; the two were merged already when it was saved: pass {training.merged}"
     return f"{text}; {_MERGE_ELSEWHERE}"
+
+
+def _perhaps(adapter: _Read) -> str:
+    """Which directories on this machine have the model that the run names, in words."""
+    found = [place for place in adapter.beside.hf_directories if HUGGINGFACE.detect(place)]
+    return f" (perhaps {' or '.join(map(str, found))})" if found else ""
 
 
 def refuse_main_params(weights: WeightsFrom) -> None:

@@ -81,6 +81,7 @@ def provider(spec: Spec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "make_vocab_size_divisible_by": spec.vocab_divisible_by,
         "generation_config": None,
+        "layernorm_zero_centered_gamma": spec.family.startswith("qwen3_5"),
         "hf_model_id": "Qwen/Qwen3-0.6B",
     }
 

@@ -32,6 +32,8 @@ from tests.providers import Dumper, provider
 from tests.test_cli import mcorefs as mcorefs_said
 
 ONLY = [name for name, spec in ADAPTED.items() if spec.adapter_only]
+PEFT, PEFT_BASE = "swift-qwen3-tp2-only", "swift-qwen3-tp2-only-base"
+BRIDGE, BRIDGE_BASE = "bridge-qwen3-pp2-only", "bridge-qwen3-pp2-only-base"
 TOGETHER = [name for name, spec in ADAPTED.items() if spec.adapter and not spec.adapter_only]
 
 
@@ -132,10 +134,143 @@ def test_the_base_model_is_found_where_the_run_says(
         assert any("merged on read into" in remark for remark in model.remarks)
 
 
-# -- what is said ------------------------------------------------------------------------------
+# -- over a base model that is one for Hugging Face --------------------------------------------
 
-PEFT, PEFT_BASE = "swift-qwen3-tp2-only", "swift-qwen3-tp2-only-base"
-BRIDGE, BRIDGE_BASE = "bridge-qwen3-pp2-only", "bridge-qwen3-pp2-only-base"
+
+@pytest.mark.parametrize("name", [*TOGETHER, *ONLY])
+def test_adapter_on_a_hugging_face_model(
+    fixtures: dict[str, Fixture], tmp_path: Path, name: str
+) -> None:
+    """Nothing but the adapter is taken from a checkpoint that holds the base model too."""
+    fixture = fixtures[name]
+    root, base = saved(fixture, tmp_path), fixture.directory / "base"
+    tree = open_tree(base, Options(adapter=root)).tree
+    for file in base.iterdir():
+        real = (fixture.hf if file.suffix == ".safetensors" else base) / file.name
+        assert read_all(tree.files[file.name]) == real.read_bytes()
+
+
+def edited(fixture: Fixture, directory: Path, **changes: object) -> Path:
+    """The base model with another config.json."""
+    base = Path(shutil.copytree(fixture.directory / "base", directory / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    return base
+
+
+def problems_of(base: Path, adapter: Path, scale: float | None = None) -> list[str]:
+    with pytest.raises(MappingError) as caught:
+        open_tree(base, Options(adapter=adapter, adapter_scale=scale))
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize("name", ["swift-qwen3", BRIDGE])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 1e-06 in the checkpoint but 0.001 in"),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_theta is "),
+    ],
+)
+def test_an_adapter_whose_run_denies_the_config(
+    fixtures: dict[str, Fixture],
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, object],
+    said: str,
+) -> None:
+    fixture = fixtures[name]
+    problems = problems_of(edited(fixture, tmp_path, **changes), saved(fixture, tmp_path))
+    assert any(problem.startswith(said) for problem in problems)
+
+
+def test_an_adapter_of_another_hugging_face_model(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    dense, sparse = fixtures["swift-qwen3"], fixtures["swift-qwen3_moe-tp2-pp2-ep2-only"]
+    problems = problems_of(dense.directory / "base", saved(sparse, tmp_path / "sparse"))
+    experts = "decoder.layers.0.mlp.experts.0.linear_fc1.weight"
+    lacks = "which the base model does not hold"
+    assert f"the adapter changes {experts}, {lacks} (and 31 more like it)" in problems
+    problems = problems_of(sparse.directory / "base", saved(dense, tmp_path / "dense"))
+    mlp = "decoder.layers.0.mlp.linear_fc1.weight"
+    assert f"the adapter changes {mlp}, {lacks} (and 3 more like it)" in problems
+
+
+def test_an_adapter_of_another_size(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
+    fixture = fixtures["swift-qwen3"]
+    base = edited(fixture, tmp_path)
+    (file,) = base.glob("*.safetensors")
+    cut = {
+        name: tensor[:-1].clone() if name.endswith("down_proj.weight") else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(cut, file)
+    problems = problems_of(base, saved(fixture, tmp_path))
+    name = "model.layers.0.mlp.down_proj.weight"
+    said = f"what the adapter makes of {name} has shape [64, 96], in the base model it is [63, 96]"
+    assert f"{said} (and 3 more like it)" in problems
+
+
+def test_an_output_layer_that_is_the_embedding(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["swift-qwen3-tp4-rslora-head"]
+    root = saved(fixture, tmp_path)
+    both = "the adapter changes lm_head.weight, but the output layer of the base model is its"
+    problems = problems_of(edited(fixture, tmp_path, tie_word_embeddings=True), root)
+    assert any(problem.startswith(both) for problem in problems)
+    base = fixtures[BRIDGE].directory / "base"
+    assert "the adapter changes lm_head.weight, which the base model does not hold" in problems_of(
+        base, root
+    )
+
+
+def test_a_hugging_face_model_that_is_not_known(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["swift-qwen3"]
+    base, root = edited(fixture, tmp_path, model_type="something"), saved(fixture, tmp_path)
+    with pytest.raises(MappingError, match="is 'something', which is not supported yet"):
+        open_tree(base, Options(adapter=root))
+
+
+def test_a_hugging_face_model_and_another_scale(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures[BRIDGE]
+    base, root = fixture.directory / "base", saved(fixture, tmp_path)
+    with mcorefs.open(base, adapter=f"{root}:0") as checkpoint:
+        for name, tensor in load_file(base / "model.safetensors").items():
+            found = checkpoint.get_tensor(name)
+            assert isinstance(found, torch.Tensor)
+            assert torch.equal(found, tensor)
+    (root / fixture.spec.iteration_dir / "run_config.yaml").unlink()
+    said = "nothing says how the adapter is scaled (alpha / r): give it with --adapter PATH:SCALE"
+    assert problems_of(base, root) == [said]
+
+
+def test_the_base_model_that_the_run_names_is_told_and_not_taken(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures[PEFT]
+    base = fixture.directory / "base"
+    root = saved(fixture, tmp_path, model=str(base))
+    with pytest.raises(CheckpointError) as caught:
+        load(root, options(fixture))
+    iteration = root / fixture.spec.iteration_dir
+    said = f"Hugging Face model directory (perhaps {base}), as CKPT, and --adapter {iteration}"
+    assert said in str(caught.value)
+    assert any(
+        "merged on read" in one for one in open_tree(base, Options(adapter=root)).source.remarks
+    )
+    other = edited(fixture, tmp_path)
+    remarks = open_tree(other, Options(adapter=root)).source.remarks
+    asked = f"it was trained on top of {base}, as its run says: is that the base model?"
+    assert asked in remarks
+
+
+# -- what is said ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("level", ["output", "run", "checkpoint", "iteration"])
@@ -202,8 +337,8 @@ def test_what_the_framework_merged_itself_is_named(
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("hf", "which cannot be opened: .* is a Hugging Face model, not a Megatron checkpoint"),
-        ("empty", "which cannot be opened: .* is empty"),
+        ("hf", "which cannot be used: .* is a Hugging Face model: it is not taken unasked"),
+        ("empty", "which cannot be used: .* is empty"),
         ("itself", "which holds an adapter itself"),
     ],
 )
@@ -224,8 +359,9 @@ def test_a_checkpoint_that_is_no_adapter(fixtures: dict[str, Fixture], tmp_path:
             load(base.root, options(base, path))
     with pytest.raises(CheckpointError, match="does not exist"):
         load(base.root, options(base, tmp_path / "absent"))
-    with pytest.raises(CheckpointError, match="--adapter cannot be given for a Hugging Face model"):
-        open_tree(base.hf, Options(adapter=fixtures[PEFT].root))
+    for path in (base.root, base.hf):
+        with pytest.raises(CheckpointError, match=r"--adapter: .* holds a model, but no LoRA"):
+            open_tree(base.hf, Options(adapter=path))
 
 
 @pytest.mark.parametrize("name", [PEFT, "swift-qwen3"])

@@ -74,7 +74,7 @@ def choose(
     model_type = reference.config.get("model_type")
     _refuse_what_is_not_yet(facts, named, model_type, hint)
     if named is not None:
-        family = _by_name(named, "--family")
+        family = by_name(named, "--family")
         if model_type is not None and not family.is_called(model_type):
             raise MappingError(
                 f"--family is {named} but model_type in {reference.where} is {model_type}; "
@@ -83,7 +83,7 @@ def choose(
             )
         return Choice(family, (f"--family {named}",))
     if isinstance(model_type, str):
-        family = _by_name(model_type, f"model_type in {reference.where}")
+        family = by_name(model_type, f"model_type in {reference.where}")
         return Choice(family, (f"model_type {model_type} in {reference.where}",))
     hinted = next((family for family in FAMILIES if family.is_called(hint)), None)
     # Of a model that sees, a run may have trained but the language model.
@@ -200,7 +200,8 @@ def _undecided(
     )
 
 
-def _by_name(name: str, where: str) -> Family:
+def by_name(name: str, where: str) -> Family:
+    """The family that is called `name`. Raises MappingError if there is none."""
     for family in FAMILIES:
         if family.is_called(name):
             return family

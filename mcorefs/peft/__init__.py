@@ -17,6 +17,6 @@ and utils/{save_and_load,other}.py; mcore-bridge:src/mcore_bridge/bridge/gpt_bri
 from __future__ import annotations
 
 from mcorefs.peft.files import NAME, PeftAdapter, is_adapter, read_adapter
-from mcorefs.peft.merging import Base, merge
+from mcorefs.peft.merging import Base, merge, untied
 
-__all__ = ["NAME", "Base", "PeftAdapter", "is_adapter", "merge", "read_adapter"]
+__all__ = ["NAME", "Base", "PeftAdapter", "is_adapter", "merge", "read_adapter", "untied"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mcorefs.adapters import Pair, Problems, scale_of
@@ -50,13 +50,19 @@ def merge(
                 views[name] = _added(views[name], pair, used, is_embedding)
             except ValueError as problem:
                 problems.add(f"the adapter of {name} does not fit: {problem}")
-    if base.tied and (both := sorted(name for name in targets.found if _TIED.search(name))):
-        problems.add(
-            f"the adapter changes {both[0]}, but the output layer of the base model is its "
-            "embedding: with it they would be two"
-        )
+    unfit = untied(targets.found) if base.tied else []
     merged = [replace(tensor, view=views[tensor.name]) for tensor in tensors]
-    return merged, [*adapter.problems, *problems]
+    return merged, [*adapter.problems, *problems, *unfit]
+
+
+def untied(changed: Iterable[str]) -> list[str]:
+    """What is wrong if those tensors are changed of a model whose output layer is its embedding."""
+    both = sorted(name for name in changed if _TIED.search(name))
+    return [
+        f"the adapter changes {name}, but the output layer of the base model is its embedding: "
+        "with it they would be two"
+        for name in both[:1]
+    ]
 
 
 def _in_place_of(view: View, trained: View) -> View:
