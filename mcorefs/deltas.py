@@ -26,7 +26,17 @@ from mcorefs.mapping.plan import HfTensor, plan
 from mcorefs.mapping.reference import Reference
 from mcorefs.names import VISION
 from mcorefs.sources import Sources
-from mcorefs.views import Computed, Stored, View, to
+from mcorefs.views import (
+    Computed,
+    Flatten,
+    Narrow,
+    Permute,
+    Select,
+    Stored,
+    Unflatten,
+    View,
+    to,
+)
 
 _PLACEHOLDER = re.compile(r"\\\{(\w+)\\\}")
 _NORM = re.compile(r"\.layer_norm_(?:weight|bias)$")
@@ -218,7 +228,7 @@ def _added(
         elif not {view.dtype, tensor.dtype} <= set(FLOATS):
             problems.add(f"the adapter changes {tensor.name}, which is {view.dtype.torch}")
         else:
-            views[tensor.name] = Add(view, tensor.view)
+            views[tensor.name] = _sum(view, tensor.view)
     merged = [replace(tensor, view=views[tensor.name]) for tensor in tensors]
     return merged, [*found, *problems]
 
@@ -236,6 +246,36 @@ def _bases(view: View) -> Iterator[str]:
         yield _WHOLE
     for source in () if isinstance(view, Addmm) else view.sources:
         yield from _bases(source)
+
+
+def _sum(view: View, delta: View) -> View:
+    """`view` + `delta`. Of a product whose rows alone are moved about, in one step: those of its
+    first factor are."""
+    moves: list[View] = []
+    inner = delta
+    while _moves_rows(inner):
+        moves.append(inner)
+        (inner,) = inner.sources
+    if not (isinstance(inner, Addmm) and isinstance(inner.source, Nothing)):
+        return Add(view, delta)
+    rows = inner.mat1
+    for move in reversed(moves):
+        rows = replace(move, source=rows)  # type: ignore[type-var]
+    return Addmm(view, rows, inner.mat2, inner.alpha, inner.product)
+
+
+def _moves_rows(view: View) -> bool:
+    """Whether it moves about elements of its source, along other axes than the last."""
+    match view:
+        case Narrow(source=source, axis=axis) | Select(source=source, axis=axis):
+            return axis < len(source.shape) - 1
+        case Unflatten(source=source, axis=axis):
+            return axis < len(source.shape) - 1
+        case Flatten(source=source, axis=axis, count=count):
+            return axis + count < len(source.shape)
+        case Permute(dims=dims):
+            return dims[-1] == len(dims) - 1
+    return False
 
 
 def _is_sum(view: View) -> bool:

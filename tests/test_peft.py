@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -251,6 +252,20 @@ def test_any_slice_has_the_bits_of_the_whole(fixtures: dict[str, Fixture], made:
             part = found.get_slice(name)[3:7]
             assert isinstance(part, torch.Tensor)
             assert torch.equal(part, tensor[3:7])
+
+
+@KINDS
+def test_base_and_adapter_by_url(fixtures: dict[str, Fixture], made: Path, kind: str) -> None:
+    memory, base = fsspec.filesystem("memory"), fixtures[BF16]
+    memory.put(str(place(base, kind)), f"/peft/{kind}", recursive=True)
+    memory.put(str(made / "plain/adapter"), f"/peft/{kind}-lora", recursive=True)
+    expected = weights(made / "plain/merged")
+    path, adapter = f"memory://peft/{kind}", f"memory://peft/{kind}-lora"
+    with mcorefs.open(path, adapter=adapter, hf_config=base.hf) as found:
+        for name, tensor in expected.items():
+            have = found.get_tensor(name)
+            assert isinstance(have, torch.Tensor)
+            assert torch.equal(have, tensor), name
 
 
 # -- the files of a base model that is one for Hugging Face ----------------------------------------
