@@ -150,6 +150,32 @@ def test_adapter_on_a_hugging_face_model(
         assert read_all(tree.files[file.name]) == real.read_bytes()
 
 
+@pytest.mark.parametrize("name", [name for name in (*TOGETHER, *ONLY) if name.startswith("bridge")])
+def test_what_megatron_bridge_exports_for_peft_comes_to_the_same(
+    fixtures: dict[str, Fixture], tmp_path: Path, name: str
+) -> None:
+    """By the names that its save_hf_adapter writes, an expert's among them; it merges in float32,
+    as PEFT does."""
+    fixture = fixtures[name]
+    matrices = load_file(fixture.adapter / "model.safetensors")
+    named = {f"base_model.model.{key}": tensor for key, tensor in matrices.items()}
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": fixture.spec.lora_rank, "bias": "none"}
+    config["lora_alpha"] = fixture.spec.lora_alpha
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    bases = [fixture.directory / "base"]
+    if fixture.spec.adapter_only:
+        bases.append(fixtures[f"{name}-base"].root)
+    expected = load_file(fixture.hf / "model.safetensors")
+    for base in bases:
+        with mcorefs.open(base, adapter=tmp_path, hf_config=bases[0]) as checkpoint:
+            assert set(checkpoint.keys()) == set(expected)
+            for key, tensor in expected.items():
+                found = checkpoint.get_tensor(key)
+                assert isinstance(found, torch.Tensor)
+                assert torch.equal(found, tensor), key
+
+
 def edited(fixture: Fixture, directory: Path, **changes: object) -> Path:
     """The base model with another config.json."""
     base = Path(shutil.copytree(fixture.directory / "base", directory / "base"))
@@ -602,6 +628,37 @@ def test_inspect_of_both_in_one(fixtures: dict[str, Fixture], tmp_path: Path) ->
     assert "base model  in the same checkpoint\n" in said
     plain = fixtures[PEFT_BASE]
     assert "base model" not in mcorefs_said("inspect", plain.root, "--vocab-size", 307)
+
+
+def test_the_command_line_over_a_hugging_face_model(
+    fixtures: dict[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures[PEFT]
+    root, base = saved(fixture, tmp_path), fixture.directory / "base"
+    iteration = root / fixture.spec.iteration_dir
+    given = (base, "--adapter", root)
+    found = json.loads(mcorefs_said("inspect", *given, "--json"))
+    assert found["adapter"] == {
+        "path": str(iteration),
+        "ranks": [8],
+        "alpha": 32,
+        "is_rank_stabilised": False,
+        "targets": ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"],
+        "trained_whole": [],
+        "base": str(base),
+    }
+    assert (found["format"], found["problems"]) == ("huggingface", [])
+    said = mcorefs_said("verify", base, fixture.hf, "--adapter", root)
+    assert "47 tensors equal, 0 different" in said
+    mnt = tmp_path / "mnt"
+    mnt.mkdir()
+    said = mcorefs_said("mount", base, mnt, "--adapter", root)
+    try:
+        assert f"the LoRA adapter in {iteration} is merged on read into {base}" in said
+        expected = (fixture.hf / "model.safetensors").read_bytes()
+        assert (mnt / "model.safetensors").read_bytes() == expected
+    finally:
+        mcorefs_said("umount", "--force", mnt)
 
 
 def test_materialize_and_verify(fixtures: dict[str, Fixture], tmp_path: Path) -> None:
