@@ -221,12 +221,12 @@ def _added(
                 f"what the adapter makes of {tensor.name} has shape {list(tensor.shape)}, in the "
                 f"base model it is {list(view.shape)}"
             )
+        elif not {view.dtype, tensor.dtype} <= set(FLOATS):
+            problems.add(f"the adapter changes {tensor.name}, which is {view.dtype.torch}")
         elif of == {_WHOLE}:
             views[tensor.name] = to(tensor.view, view.dtype)
         elif _WHOLE in of or not _is_sum(tensor.view):
             problems.add(f"what the adapter makes of {tensor.name} is no sum")
-        elif not {view.dtype, tensor.dtype} <= set(FLOATS):
-            problems.add(f"the adapter changes {tensor.name}, which is {view.dtype.torch}")
         else:
             views[tensor.name] = _sum(view, tensor.view)
     merged = [replace(tensor, view=views[tensor.name]) for tensor in tensors]

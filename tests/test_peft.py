@@ -64,6 +64,16 @@ RUNS: dict[str, tuple[str, str, dict[str, Any]]] = {
         CAUSAL,
         {"r": 8, "lora_alpha": 20, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     ),
+    "router": (
+        MOE,
+        CAUSAL,
+        {
+            "r": 8,
+            "lora_alpha": 20,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.gate.weight"],
+        },
+    ),
     "sees": (VL, SEES, {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "qkv"]}),
     "dora": (BF16, CAUSAL, {"use_dora": True, "target_modules": ["q_proj"], "merges": False}),
     "pissa": (
@@ -391,6 +401,8 @@ def test_tensors_that_do_not_fit(
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]], which is not known"),
         ({"lora_bias": True}, "lora_bias=True"),
+        ({"use_rslora": "false"}, "use_rslora='false', which is neither true nor false"),
+        ({f"new_{n}": n for n in range(1, 31)}, "says 10 more things that are not known"),
         ({"something_new": 0.5}, "something_new=0.5, which is not known"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern=['q_proj']: no patterns"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern: q_proj: '8', no number"),

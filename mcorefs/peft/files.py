@@ -40,6 +40,8 @@ _READ = (
     *("alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "peft_type"),
     *("r", "rank_pattern", "use_dora", "use_rslora"),
 )
+_MOST_SHOWN = 20
+"""Settings that are reported one by one."""
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 """Values of init_lora_weights with which training began on the base model as it is; the others take
 from its weights what the matrices begin with."""
@@ -53,8 +55,10 @@ class PeftAdapter:
     training: LoraTraining
     pairs: Mapping[str, Pair]
     """By module, such that B @ A lies as its weight does."""
-    embeddings: frozenset[str]
-    """Those of the modules that are an embedding."""
+    rounded: frozenset[str]
+    """Those of the modules of which PEFT rounds the product to the dtype of the weight before it
+    adds it: embeddings, and parameters that were named (tuners/lora/layer.py Embedding.merge,
+    ParamWrapper.get_delta_weight)."""
     whole: Mapping[str, View]
     """Parameters that were trained whole, by name."""
     alphas: Patterns
@@ -115,7 +119,7 @@ def read_adapter(path: Path) -> PeftAdapter:
         path,
         training,
         pairs,
-        frozenset(module for module, is_embedding in factors if is_embedding),
+        frozenset(_rounded(factors, config.get("target_parameters"))),
         whole,
         Patterns.of(config, "alpha_pattern", problems, CONFIG),
         Patterns.of(config, "rank_pattern", problems, CONFIG),
@@ -161,9 +165,17 @@ def _check(config: Mapping[str, object], problems: Problems) -> None:
             f"{CONFIG} says init_lora_weights={init!r:.80}, which changes the weights of the base "
             "model before training: it cannot be merged into them as they are"
         )
-    for name in sorted(config.keys() - {*_DECIDES_NOTHING, *_READ}):
-        if config[name] not in (None, False, "", [], {}):
-            problems.add(f"{CONFIG} says {name:.80}={config[name]!r:.80}, which is not known")
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora"):
+        if config.get(name) not in (None, True, False):
+            problems.add(
+                f"{CONFIG} says {name}={config[name]!r:.80}, which is neither true nor false"
+            )
+    others = sorted(config.keys() - {*_DECIDES_NOTHING, *_READ})
+    unknown = [name for name in others if config[name] not in (None, False, "", [], {})]
+    for name in unknown[:_MOST_SHOWN]:
+        problems.add(f"{CONFIG} says {name:.80}={config[name]!r:.80}, which is not known")
+    if (more := len(unknown) - _MOST_SHOWN) > 0:
+        problems.add(f"{CONFIG} says {more} more things that are not known")
 
 
 Factors = Mapping[tuple[str, bool], Mapping[str, View]]
@@ -193,6 +205,16 @@ def _sorted_out(
         else:
             whole[parameter] = Stored(tensor)
     return factors, whole
+
+
+def _rounded(factors: Factors, parameters: object) -> Iterator[str]:
+    named = parameters if isinstance(parameters, list) else []
+    names = {f".{name}" for name in named if isinstance(name, str)}
+    ends = {name.count(".") for name in names}
+    for module, is_embedding in factors:
+        parts = f".{module}.weight".split(".")
+        if is_embedding or any("." + ".".join(parts[-count:]) in names for count in ends):
+            yield module
 
 
 def _paired(factors: Factors, is_turned: bool, problems: Problems) -> Iterator[tuple[str, Pair]]:

@@ -46,8 +46,7 @@ def merge(
         if (name := targets.of_module(module)) is not None:
             try:
                 used = _scale(adapter, module, pair) if scale is None else scale
-                is_embedding = module in adapter.embeddings
-                views[name] = _added(views[name], pair, used, is_embedding)
+                views[name] = _added(views[name], pair, used, module in adapter.rounded)
             except ValueError as problem:
                 problems.add(f"the adapter of {name} does not fit: {problem}")
     unfit = untied(targets.found) if base.tied else []
@@ -71,12 +70,10 @@ def _in_place_of(view: View, trained: View) -> View:
     return to(trained, view.dtype)
 
 
-def _added(weight: View, pair: Pair, scale: float, is_embedding: bool) -> View:
-    """Of an embedding PEFT rounds the product to the dtype of the weight before it adds it
-    (tuners/lora/layer.py Embedding.merge)."""
+def _added(weight: View, pair: Pair, scale: float, is_rounded: bool) -> View:
     if pair.a.dtype != pair.b.dtype:
         raise ValueError(f"A and B are {pair.a.dtype.torch} and {pair.b.dtype.torch}")
-    if not is_embedding or weight.dtype == F32:
+    if not is_rounded or weight.dtype == F32:
         return Addmm(weight, pair.b, pair.a, scale, F32)
     product = Addmm(Nothing(weight.shape), pair.b, pair.a, scale, F32)
     return Add(weight, to(product, weight.dtype))
