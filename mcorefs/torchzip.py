@@ -129,6 +129,8 @@ def _parse_directory(directory: bytes, count: int, what: str) -> list[Record]:
             raise _malformed(what, "its directory is damaged") from None
         if method != 0 or packed != size or flags & ~(_DESCRIPTOR | _UTF8) or disk:
             raise _malformed(what, f"record {name!a:.80} is compressed or encrypted")
+        if b"\0" in raw or not (name.isascii() or flags & _UTF8):  # readers differ in what it is
+            raise _malformed(what, f"a record is called {name!a:.80}")
         prefixes.add(prefix + slash)
         found.append(Record(name, header, size, raw, crc=fields[7]))
     if at != len(directory) or len(prefixes) > 1:
