@@ -39,6 +39,9 @@ PATIENCE = 8
 """Times in a row that it was not there after all looks, after which a file gets but the first."""
 
 
+_READABLE = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+
+
 class _Handle:
     """An open file, or the part of one that is a file in an archive."""
 
@@ -324,7 +327,16 @@ def local_file(path: str) -> tuple[FileIdentity | None, str | None]:
         return None, "is a symbolic link; pass the directory that holds the files themselves"
     if not stat.S_ISREG(status.st_mode):
         return None, "is not a regular file"
+    if not _may_be_read(path, status.st_mode):
+        return None, f"cannot be read: {os.strerror(errno.EACCES)}"
     return FileIdentity.of(status), None
+
+
+def _may_be_read(path: str, mode: int) -> bool:
+    """By this user; the file system is asked only where the mode leaves it open."""
+    if mode & _READABLE == _READABLE or os.geteuid() == 0:
+        return True
+    return os.access(path, os.R_OK, effective_ids=True)
 
 
 def _identity(status: os.stat_result, member: Member | None) -> FileIdentity:

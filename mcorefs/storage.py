@@ -314,7 +314,7 @@ def sees(look: Callable[[], bool]) -> bool:
 
 def is_there(path: Path) -> bool:
     """Whether anything has the name `path`, be it a link that leads nowhere."""
-    return path.exists() or (not is_url(str(path)) and os.path.lexists(path))
+    return sees(path.exists) or (not is_url(str(path)) and os.path.lexists(path))
 
 
 def is_file_name(name: str) -> bool:

@@ -309,6 +309,9 @@ def test_directories_that_may_not_be_read() -> None:
                 assert found.path == place / "run/checkpoint-1/iter_0000001"
                 message = refusal(place / "run/lost+found")
             assert "cannot be listed: Permission denied" in message
+        (place / "run/checkpoint-1/iter_0000001").chmod(0)
+        with unprivileged():
+            assert "iter_0000001 cannot be opened" in refusal(place / "run/checkpoint-1")
         (place / "run").chmod(0)
         with unprivileged():
             assert "Permission denied" in refusal(place / "run")

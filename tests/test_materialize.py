@@ -76,6 +76,12 @@ def check(out: Path, tree: VirtualTree) -> None:
         assert (out / name).read_bytes() == read_all(file), name
 
 
+def test_a_checkpoint_whose_name_is_no_text(tmp_path: Path) -> None:
+    tree, out = make_tree(os.fsdecode(b"/runs/n\xff/__0_0.distcp 5 6\n")), tmp_path / "out"
+    materialize(tree, out)
+    check(out, tree)
+
+
 def test_whole(tmp_path: Path) -> None:
     progress: list[int] = []
     written = materialize(make_tree(), tmp_path / "a/b", on_progress=progress.append)

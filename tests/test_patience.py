@@ -26,6 +26,7 @@ from mcorefs.patience import again, attended, patiently
 from mcorefs.published import Run
 from mcorefs.tree import open_tree
 from tests.checkpoints import Fixture, ensure
+from tests.edited import unprivileged
 from tests.faulty_fs import faulty, lift
 
 NAMES = ("qwen3_moe-tp2-pp2-ep2", "torch-qwen3-tp2")
@@ -204,6 +205,24 @@ def test_opening_with_errors_that_stay(
         assert "Traceback" not in said.stderr
         assert f"{name}" in said.stderr + said.stdout
         assert "Input/output error" in said.stderr + said.stdout
+
+
+def test_shards_that_may_not_be_read(fixtures: dict[str, Fixture], place: Path) -> None:
+    """All are named before anything is mounted, written or read."""
+    place.chmod(0o755)
+    root = Path(shutil.copytree(fixtures[NAMES[0]].root, place / "root"))
+    shards = sorted(root.glob("*/__*.distcp"))[:2]
+    for shard in shards:
+        shard.chmod(0o600)
+    with unprivileged(), pytest.raises(CheckpointError) as caught:
+        open_tree(root, Options())
+    for shard in shards:
+        assert f"{shard}: cannot be read: Permission denied" in str(caught.value)
+    shards[0].chmod(0o640)
+    os.chown(shards[0], 65534, 0)
+    with unprivileged(), pytest.raises(CheckpointError) as caught:
+        open_tree(root, Options())
+    assert str(shards[0]) not in str(caught.value)
 
 
 # --- storage that does not answer -----------------------------------------------------------------

@@ -88,9 +88,9 @@ def _refuse_unrelated(tree: VirtualTree, out: Path, partial: Path, plan: object)
 
 def fingerprint(tree: VirtualTree) -> str:
     """What decides every byte of the tree: small files, headers, and the shards' identity."""
-    digest = hashlib.sha256(tree.source.encode())
+    digest = hashlib.sha256(tree.source.encode(errors="surrogateescape"))
     for name, file in sorted(tree.files.items()):
-        digest.update(f"\0{name}\0{file.size}\0".encode())
+        digest.update(f"\0{name}\0{file.size}\0".encode(errors="surrogateescape"))
         if isinstance(file, BytesFile):
             digest.update(file.data)
             continue

@@ -339,7 +339,7 @@ class Living:
         return table
 
     def _refuse(self, save: _Save, why: str) -> None:
-        text = BytesFile(f"{why}\n".encode())
+        text = BytesFile(f"{why}\n".encode(errors="surrogateescape"))
         if save.error is None or save.error.file != text:
             message = f"{ERROR_FILE} in {save.shown}: {why.splitlines()[0]}"
             self._faults.report(message, path=f"/{save.shown}/{ERROR_FILE}")
