@@ -38,15 +38,24 @@ def metadata(bench: Bench) -> None:
         bench.row(f"{name}: CPU of that", found["cpu"], "s")
         bench.row(f"{name}: peak resident memory", found["MiB"], "MiB", at_most=1500)
         bench.row(f"{name}: ls, index, any header", found["looks"], "s", at_most=1)
+        with tempfile.TemporaryDirectory(prefix="mcorefs-bench-") as cache:
+            os.environ["XDG_CACHE_HOME"] = cache
+            _opened(root, "--index-cache")
+            again = [_opened(root, "--index-cache")["ready"] for _ in range(bench.rounds)]
+            del os.environ["XDG_CACHE_HOME"]
+        ready = statistics.median(again)
+        bench.row(
+            f"{name}: mount to ready, --index-cache, again", ready, "s", "without", found["ready"]
+        )
 
 
-def _opened(root: Path) -> dict[str, float]:
+def _opened(root: Path, *options: str) -> dict[str, float]:
     """A mount of `root` from the shell: seconds until it is ready and (the most) until it shows
     something of what is in it, CPU of both its processes until then, peak memory."""
     with tempfile.TemporaryDirectory(prefix="mcorefs-bench-") as name:
         mnt = Path(name)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        ready = _timed(partial(_run, *MCOREFS, "mount", root, mnt))
+        ready = _timed(partial(_run, *MCOREFS, "mount", root, mnt, *options))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         starter = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         try:
