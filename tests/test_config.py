@@ -467,6 +467,8 @@ def test_sinkhorn_is_refused(fixtures: Mapping[str, Fixture], tmp_path: Path) ->
         ("exaone_moe-tp2-ep2", "no_rope_freq", [0, 0, 0, 0]),
         ("exaone_moe-tp2-ep2", "swiglu_limits", [0.0, 7.0, 0.0, 0.0]),
         ("exaone_moe-tp2-ep2", "sliding_windows", [8, 16, 8, 0]),
+        ("exaone_moe-tp2-ep2-mtp", "mtp_sliding_windows", [16]),
+        ("exaone_moe-tp2-ep2-mtp", "mtp_sliding_windows", [0, 0]),
         ("exaone4-tp2-window", "no_rope_freq", [0, 0, 0, 1]),
         ("exaone4-tp2", "swiglu", False),
         ("ernie4_5_moe-tp2-ep2", "moe_router_score_function", "sigmoid"),
@@ -496,6 +498,40 @@ def test_what_a_family_is_known_by_is_not_optional(
     options = Options(family=fixtures[name].spec.family)
     (problem,) = refusal(lambda: load(root, options))
     assert f"{argument}={value!r}" in problem
+
+
+def test_the_attention_of_a_layer_for_prediction_must_be_told(
+    fixtures: Mapping[str, Fixture], tmp_path: Path
+) -> None:
+    fixture = fixtures["exaone_moe-tp2-ep2-mtp"]
+    size = fixture.spec.vocab_size
+    assert load(fixture.root, Options(vocab_size=size)).config["mtp_sliding_windows"] == [0]
+    silent = with_args(fixture, tmp_path / "silent", mtp_sliding_windows=..., mtp_layer_types=...)
+    (problem,) = refusal(lambda: load(silent, Options(vocab_size=size)))
+    assert problem.startswith("nothing tells whether its layer for multi-token prediction")
+    model = load(silent, Options(vocab_size=size, mtp=False))
+    assert model.config["num_nextn_predict_layers"] == 0
+    assert not [key for key in model.config if key.startswith("mtp_")]
+    # What has no window anywhere is the same in every version, but for what Megatron-Bridge says.
+    full = {"window_size": None, "no_rope_freq": None}
+    plain = with_args(
+        fixture, tmp_path / "plain", mtp_sliding_windows=..., mtp_layer_types=..., **full
+    )
+    named = Options(vocab_size=size, family="exaone_moe")
+    assert load(plain, named).config["mtp_layer_types"] == ["full_attention"]
+    still = with_args(fixture, tmp_path / "still", mtp_sliding_windows=[0], **full)
+    (problem,) = refusal(lambda: load(still, named))
+    assert "rotates nothing" in problem
+
+
+def test_experts_have_no_place_in_a_dense_layer_for_prediction(
+    fixtures: Mapping[str, Fixture],
+) -> None:
+    options = Options(family="exaone_moe")
+    problems = refusal(lambda: load(fixtures["glm4_moe-tp2-ep2-mtp"].root, options))
+    (told,) = (problem for problem in problems if ".mlp.router.weight" in problem)
+    assert told.startswith("the checkpoint holds mtp.layers.0.transformer_layer.mlp.router.weight")
+    assert told.endswith("(--no-mtp leaves it out)")
 
 
 def test_a_window_counts_the_token_itself(fixtures: Mapping[str, Fixture], tmp_path: Path) -> None:
@@ -562,6 +598,7 @@ def test_references_of_either_age_agree(
         ("hy_v3-tp2-ep2", "router_scaling_factor", 1.0),
         ("hy_v3-tp2-ep2", "mlp_layer_types", ["sparse"] * 4),
         ("hy_v3-tp2-ep2", "num_shared_experts", 2),
+        ("exaone_moe-tp2-ep2-mtp", "mtp_layer_types", ["sliding_attention"]),
         ("dots1-tp2-ep2", "n_shared_experts", 1),
         ("bailing_moe_v2-tp2-ep2", "partial_rotary_factor", 1.0),
         ("bailing_moe_v2-tp2-ep2", "use_qkv_bias", True),

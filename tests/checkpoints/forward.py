@@ -21,6 +21,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import MtpModel
 
 from . import own_code
@@ -61,19 +62,7 @@ def _predictions(
     if spec.mtp and isinstance(model, own_code.MiMoForCausalLM | own_code.BailingMoeV2ForCausalLM):
         yield from model.predictions(tokens, hidden)
     elif spec.mtp:
-        behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
-        if not FAMILIES[spec.family].mtp_apart:
-            model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
-        config = model.config.get_text_config()
-        config.num_mtp_layers = spec.mtp  # which some models' configs do not say
-        if hasattr(config, "mlp_layer_types"):
-            config.mtp_mlp_layer_types = ["sparse"] * spec.mtp
-        if spec.index_topk:
-            config.mtp_layer_types = ["indexed_attention"] * spec.mtp
-        elif hasattr(config, "layer_types"):
-            config.mtp_layer_types = ["full_attention"] * spec.mtp
-        if spec.vision:  # else what its language model converts is converted in that alone
-            model._weight_conversions = get_model_conversion_mapping(model.get_decoder())
+        _tell_of_mtp(spec, model)
         layers = MtpModel.from_pretrained(model)
         if spec.index_topk:
             _let_indexers_draft(layers)
@@ -82,6 +71,29 @@ def _predictions(
             places = torch.arange(tokens.shape[1])[None]
             hidden = layers.forward_layer(number, hidden, places, None, input_ids=tokens)
             yield model.lm_head(hidden)
+
+
+def _tell_of_mtp(spec: Spec, model: PreTrainedModel) -> None:
+    """What transformers must know of the layers for multi-token prediction in the files of `model`,
+    and some classes and configs do not say."""
+    family = FAMILIES[spec.family]
+    behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
+    if not family.mtp_apart:
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
+    config = model.config.get_text_config()
+    config.num_mtp_layers = spec.mtp
+    if hasattr(config, "mlp_layer_types"):
+        kind = "dense" if family.mtp_is_dense else "sparse"
+        config.mtp_mlp_layer_types = [kind] * spec.mtp
+    if spec.index_topk:
+        config.mtp_layer_types = ["indexed_attention"] * spec.mtp
+    elif hasattr(config, "layer_types") and not hasattr(config, "mtp_layer_types"):
+        config.mtp_layer_types = ["full_attention"] * spec.mtp
+    if spec.vision:  # else what its language model converts is converted in that alone
+        model._weight_conversions = get_model_conversion_mapping(model.get_decoder())
+    if family.mtp_norm != "shared_head.norm":  # the only name that it knows of this norm
+        last = WeightRenaming(f".mtp_block.{family.mtp_norm}.", ".post_norm.")
+        model._weight_conversions = [*get_model_conversion_mapping(model), last]
 
 
 def _let_indexers_draft(layers: MtpModel) -> None:

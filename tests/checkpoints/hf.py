@@ -82,14 +82,15 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
     next, with copies of the embedding and the output layer. transformers' class has no place for
     them: it is made with more layers, which hold what else there is, and then says that it has
     fewer."""
-    freq = spec.moe_layer_freq
-    more = None if freq is None else (*freq, *(freq[-1],) * spec.mtp)
+    family, freq = FAMILIES[spec.family], spec.moe_layer_freq
+    last = 0 if family.mtp_is_dense or freq is None else freq[-1]
+    more = None if freq is None else (*freq, *(last,) * spec.mtp)
     model = build_model(spec.but(layers=spec.layers + spec.mtp, moe_layer_freq=more, mtp=0))
     generator = torch.Generator().manual_seed(spec.seed + 1)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     decoder = model.get_decoder()
     layers: nn.ModuleList = decoder.layers
-    if FAMILIES[spec.family].mtp_apart:
+    if family.mtp_apart:
         decoder.layers = layers[: spec.layers]
         model.mtp = _apart(spec, layers[spec.layers :], generator)
         layers = decoder.layers
@@ -99,6 +100,9 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
         projection = nn.Linear(2 * spec.hidden, spec.hidden, bias=False, dtype=model.dtype)
         projection.weight.data.normal_(0.0, 0.05, generator=generator)
         layer.eh_proj = projection
+        if family.mtp_norm != "shared_head.norm":
+            layer.add_module(family.mtp_norm, _norm(layer, generator))
+            continue
         layer.shared_head = nn.Module()
         layer.shared_head.norm = _norm(layer, generator)
         layer.embed_tokens = copy.deepcopy(embedding)

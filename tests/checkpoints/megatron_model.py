@@ -12,6 +12,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
     get_gpt_mtp_block_spec,
 )
 from megatron.core.transformer import MegatronModule, MLATransformerConfig, TransformerConfig
@@ -132,6 +133,8 @@ def _config(spec: Spec, args: dict[str, Any]) -> TransformerConfig:
         "perform_initialization": spec.format == "fsdp_dtensor",  # it notes how parameters are cut
     }
     built = kind(**{**named, **without_gpu})
+    for name, more in FAMILIES[spec.family].mtp_lists(spec).items():
+        setattr(built, name, [*getattr(built, name), *more])
     if args["position_embedding_type"] == "yarn":
         _set_yarn(built, args)
     return built
@@ -181,10 +184,14 @@ def _build_stage(
     spec: Spec, args: dict[str, Any], config: TransformerConfig, stage: int | None
 ) -> GPTModel:
     block = _block_spec(spec, args, config, stage)
+    inside = block
+    if FAMILIES[spec.family].mtp_is_dense:
+        norm = config.normalization
+        inside = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=norm)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, block, False, vp_stage=stage),
+        mtp_block_spec=get_gpt_mtp_block_spec(config, inside, False, vp_stage=stage),
         vocab_size=spec.padded_vocab_size,
         max_sequence_length=spec.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),

@@ -3,12 +3,15 @@
 Behind the decoder's, as DeepSeek-V3 and GLM-4.5 (the hub's model.safetensors.index.json of both):
 where a further layer of the decoder would be, there is what such a layer holds, with it enorm,
 hnorm and eh_proj, the norm behind it as shared_head.norm, and copies of the embedding and the
-output layer, which some engines read and transformers ignores.
+output layer, which some engines read and transformers ignores. HY-V3 calls that norm
+final_layernorm, and has no copies (Megatron-Bridge:src/megatron/bridge/models/hy_v3/
+hy_v3_bridge.py, vLLM:vllm/model_executor/models/hy_v3_mtp.py).
 
 Apart, as Qwen3-Next and Qwen3.5 (Megatron-Bridge:src/megatron/bridge/models/qwen/
-qwen3_next_bridge.py, mcore-bridge:src/mcore_bridge/model/gpts/qwen3_next.py _convert_mtp_extra):
-`mtp.layers` with what a layer holds, and beside them, once, what is around it: `mtp.fc`,
-`mtp.pre_fc_norm_embedding`, `mtp.pre_fc_norm_hidden`, `mtp.norm`.
+qwen3_next_bridge.py, mcore-bridge:src/mcore_bridge/model/gpts/qwen3_next.py _convert_mtp_extra) and
+K-EXAONE (exaone/exaone_moe/exaone_moe_bridge.py): `mtp.layers` with what a layer holds, and beside
+them, once, what is around it: `mtp.fc`, `mtp.pre_fc_norm_embedding`, `mtp.pre_fc_norm_hidden`,
+`mtp.norm`.
 
 eh_proj takes the embedding first, then the hidden state, on both sides (Megatron-LM:megatron/core/
 transformer/multi_token_prediction.py _concat_embeddings, transformers modeling_layers.py MtpLayer,
@@ -22,7 +25,7 @@ from dataclasses import replace
 
 from mcorefs.mapping.blocks.model import gamma, unpad
 from mcorefs.mapping.blocks.names import EMBEDDING, LAYER, MLAYER, OUTPUT
-from mcorefs.mapping.family import Facts, Key, Proven, Rule
+from mcorefs.mapping.family import Block, Facts, Key, Proven, Rule, whole
 
 _AT = "mtp.layers.{mtp}."
 _INSIDE = _AT + "transformer_layer."
@@ -43,34 +46,43 @@ def inside(rule: Rule, at: str = LAYER) -> Rule:
     )
 
 
-def mtp_behind(layer: Iterable[Rule]) -> tuple[Rule, ...]:
+def mtp_without_copies(
+    layer: Iterable[Rule], last: str = "final_layernorm.weight"
+) -> tuple[Rule, ...]:
     """Rules of the layers for multi-token prediction of a model whose decoder's layers follow the
-    rules `layer`."""
+    rules `layer`; `last`: what the norm behind them is called."""
 
     def norm(hf: str, source: str) -> Rule:
         return Rule(LAYER + hf, _AT + source, ("hidden",), gamma, stack="mtp")
 
-    head = (OUTPUT, EMBEDDING)
-    vocabulary = ("vocab", "hidden")
     return (
-        Rule(LAYER + "embed_tokens.weight", head[1], vocabulary, unpad, stack="mtp"),
         norm("enorm.weight", "enorm.weight"),
         norm("hnorm.weight", "hnorm.weight"),
         Rule(
             LAYER + "eh_proj.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"
         ),
         *map(inside, layer),
-        norm("shared_head.norm.weight", "final_layernorm.weight"),
+        norm(last, "final_layernorm.weight"),
+    )
+
+
+def mtp_behind(layer: Iterable[Rule]) -> tuple[Rule, ...]:
+    """Likewise, as DeepSeek-V3 has them, with copies of the embedding and the output layer."""
+    head = (OUTPUT, EMBEDDING)
+    vocabulary = ("vocab", "hidden")
+    return (
+        Rule(LAYER + "embed_tokens.weight", head[1], vocabulary, unpad, stack="mtp"),
+        *mtp_without_copies(layer, "shared_head.norm.weight"),
         Rule(LAYER + "shared_head.head.weight", head, vocabulary, unpad, stack="mtp"),
     )
 
 
-def mtp_apart(layer: Iterable[Rule]) -> tuple[Rule, ...]:
-    """Likewise of a model that has them apart and whose norms are all around zero on both sides;
-    with `one_around_all`."""
+def mtp_apart(layer: Iterable[Rule], weight: Block = whole) -> tuple[Rule, ...]:
+    """Likewise of a model that has them apart; with `one_around_all`. `weight` makes the weights of
+    norms, which are as stored if they are around zero on both sides."""
 
     def norm(hf: str, source: str) -> Rule:
-        return Rule(_HF + hf, _AT + source, ("hidden",), stack="mtp")
+        return Rule(_HF + hf, _AT + source, ("hidden",), weight, stack="mtp")
 
     return (
         Rule(_HF + "fc.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"),

@@ -1,7 +1,6 @@
 """HunYuan's HY-V3: the first layers dense, then experts with shared ones and a router of sigmoids
 with a bias for each expert; norms of heads. All of which GLM-4.5 can have: what is not named is
-served as that, under its names, and computes the same. Layers for multi-token prediction have no
-place here yet."""
+served as that, under its names, and computes the same."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from mcorefs.mapping.blocks.mlp import (
     shared_experts,
 )
 from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
-from mcorefs.mapping.blocks.mtp import NEXTN_KEYS
+from mcorefs.mapping.blocks.mtp import NEXTN_KEYS, mtp_without_copies
 from mcorefs.mapping.blocks.routing import (
     FIRST_K_DENSE,
     FREE_SIGMOID_REQUIRES,
@@ -36,22 +35,21 @@ from mcorefs.mapping.blocks.routing import (
 )
 from mcorefs.mapping.family import Family, Key
 
+_LAYER = (
+    *GQA,
+    *QK_NORM,
+    *GATED_MLP,
+    *gated_experts("mlp.experts.{expert}."),
+    router("mlp.router.gate.weight", sorts_as="mlp.gate.weight"),
+    expert_bias("mlp.expert_bias", sorts_as="mlp.e_score_correction_bias"),
+    *shared_experts("mlp.shared_mlp.", sorts_as="mlp.shared_experts."),
+    *LAYER_NORMS,
+)
+
 HY_V3 = Family(
     name="hy_v3",
     architecture="HYV3ForCausalLM",
-    rules=(
-        EMBED,
-        *GQA,
-        *QK_NORM,
-        *GATED_MLP,
-        *gated_experts("mlp.experts.{expert}."),
-        router("mlp.router.gate.weight", sorts_as="mlp.gate.weight"),
-        expert_bias("mlp.expert_bias", sorts_as="mlp.e_score_correction_bias"),
-        *shared_experts("mlp.shared_mlp.", sorts_as="mlp.shared_experts."),
-        *LAYER_NORMS,
-        NORM,
-        HEAD,
-    ),
+    rules=(EMBED, *_LAYER, NORM, *mtp_without_copies(_LAYER), HEAD),
     config={
         **BASE_KEYS,
         **GQA_KEYS,

@@ -25,6 +25,7 @@ from mcorefs.mapping.blocks.keys import (
 from mcorefs.mapping.blocks.mamba import MIXER_KEYS, known_rows, mixer
 from mcorefs.mapping.blocks.mlp import MLP_ALL_OR_NO_BIAS, expert_bias, router
 from mcorefs.mapping.blocks.model import norm, unpad
+from mcorefs.mapping.blocks.mtp import NEXTN_KEYS
 from mcorefs.mapping.blocks.names import EMBEDDING, INPUT_NORM, LAYER, MLAYER, MLP_NORM, OUTPUT
 from mcorefs.mapping.blocks.routing import (
     SIGMOID_KEYS,
@@ -184,8 +185,9 @@ def no_mtp(facts: Facts) -> str | None:
     if not any(name.startswith("mtp.") for name in facts.kinds):
         return None
     return (
-        "it holds layers for multi-token prediction, which transformers has no class for: --no-mtp "
-        "serves the model without them"
+        "it holds layers for multi-token prediction, which no release of megatron-core (up to "
+        "0.16) can save in a hybrid model: until one can, there is nothing to test their names and "
+        "order with; --no-mtp serves the model without them"
     )
 
 
@@ -224,6 +226,7 @@ NEMOTRON_H = Family(
         "hidden_dropout": soft_arg("hidden_dropout", default=0.0),
         **GQA_KEYS,
         **MIXER_KEYS,
+        **NEXTN_KEYS,
         **{name: _of_experts(key) for name, key in _MOE_KEYS.items()},
         "layer_norm_epsilon": EPSILON,
         "mlp_hidden_act": Key(lambda facts: "relu2"),

@@ -318,6 +318,10 @@ def no_arguments(spec: Spec) -> Values:
     return {}
 
 
+def no_lists(spec: Spec) -> Mapping[str, list[int]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Family:
     specs: Mapping[str, Spec]
@@ -333,6 +337,14 @@ class Family:
     mtp_at: str = ""
     """Names of layers for multi-token prediction, with {mtp}, where they do not count on behind the
     decoder's."""
+    mtp_norm: str = "shared_head.norm"
+    """The norm behind layers for multi-token prediction that count on behind the decoder's. If it
+    is another, they hold no copies of the embedding and the output layer."""
+    mtp_is_dense: bool = False
+    """Layers for multi-token prediction have no experts, though the decoder's last layer has."""
+    mtp_lists: Callable[[Spec], Mapping[str, list[int]]] = no_lists
+    """How arguments that are lists over layers go on for those for multi-token prediction, of which
+    the trainer makes their own and megatron-core 0.16 counts on."""
     zeros: tuple[str, ...] = ()
     """Ends of the names of what transformers' model has in fp32, and Megatron's has not: zeros."""
     built: Callable[[Spec], Values] = no_arguments

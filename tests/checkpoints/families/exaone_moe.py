@@ -1,13 +1,17 @@
 """K-EXAONE, as Megatron-Bridge has it: layers with a window, the others rotate nothing; sigmoids
-with a bias for each expert."""
+with a bias for each expert; a dense layer for multi-token prediction, whose attention is told."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..spec import Spec
 from .base import (
+    AT_MTP_APART,
     DECODER,
     HF_LAYER,
     LAYER,
+    MTP_APART,
     PROJECTIONS,
     Family,
     Values,
@@ -35,6 +39,27 @@ def _slides(spec: Spec) -> list[bool]:
     return [layer % 4 != 3 for layer in range(spec.layers)]
 
 
+def _mtp_slides(spec: Spec) -> bool:
+    """The layer for multi-token prediction has a window too, in what is saved as a whole."""
+    return spec.format == "torch"
+
+
+def _of_mtp(spec: Spec) -> Values:
+    slides = _mtp_slides(spec)
+    return {
+        "mtp_layer_types": ["sliding_attention" if slides else "full_attention"],
+        "mtp_sliding_windows": [spec.window if slides else 0],
+        "mtp_num_speculative_steps": spec.mtp,
+    }
+
+
+def _mtp_lists(spec: Spec) -> Mapping[str, list[int]]:
+    """Megatron-Bridge's exaone_moe_provider.py _layer_specific_config."""
+    slides = int(_mtp_slides(spec))
+    lists = {"window_attn_skip_freq": [slides], "no_rope_freq": [1 - slides]}
+    return lists if spec.mtp else {}
+
+
 def _config(spec: Spec) -> Values:
     groups, kept = spec.expert_groups or (1, 1)
     dense = [not spec.has_experts(layer) for layer in range(spec.layers)]
@@ -55,7 +80,8 @@ def _config(spec: Spec) -> Values:
         "topk_group": kept,
         "norm_topk_prob": spec.topk > 1,
         "routed_scaling_factor": spec.routed_scaling,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": spec.mtp,
+        **(_of_mtp(spec) if spec.mtp else {}),
     }
 
 
@@ -64,6 +90,7 @@ def _arguments(spec: Spec) -> Values:
         "qk_layernorm": True,
         "window_attn_skip_freq": [int(slides) for slides in _slides(spec)],
         "no_rope_freq": [int(not slides) for slides in _slides(spec)],
+        **(_of_mtp(spec) if spec.mtp else {}),
     }
 
 
@@ -75,17 +102,28 @@ EXAONE_MOE = Family(
         "exaone_moe-tp2-groups": _EXAONE_MOE.but(
             tp=2, topk=4, expert_groups=(4, 2), shared_ffn=96, fp32_router=True, seed=341
         ),
+        "exaone_moe-tp2-ep2-mtp": _EXAONE_MOE.but(
+            tp=2, ep=2, etp=1, mtp=1, zero_centred=True, hf_max_shard_size="100KB", seed=344
+        ),
         "exaone_moe-pp2-ep2": _EXAONE_MOE.but(
-            pp=2, dp=2, ep=2, dtype="fp32", moe_layer_freq=(0, 0, 1, 1), seed=342
+            pp=2, dp=2, ep=2, dtype="fp32", moe_layer_freq=(0, 0, 1, 1), mtp=1, seed=342
         ),
         "torch-exaone_moe-tp2-pp2-ep2": _EXAONE_MOE.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=343
         ),
+        "torch-exaone_moe-tp2-mtp": _EXAONE_MOE.but(format="torch", tp=2, mtp=1, seed=345),
+        "torch-exaone_moe-pp2-ep2-mtp": _EXAONE_MOE.but(
+            format="torch", pp=2, dp=2, ep=2, names="te", tied=True, mtp=1, seed=346
+        ),
     },
     config=_config,
     arguments=_arguments,
+    mtp_at=AT_MTP_APART,
+    mtp_is_dense=True,
+    mtp_lists=_mtp_lists,
     parameters={
         **DECODER,
+        **MTP_APART,
         LAYER + "mlp.router.expert_bias": Whole(HF_LAYER + "mlp.e_score_correction_bias"),
         **gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_experts.", PROJECTIONS),
     },

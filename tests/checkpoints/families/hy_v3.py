@@ -1,4 +1,5 @@
-"""HY-V3: dense layers first, sigmoids with a bias for each expert, shared experts."""
+"""HY-V3: dense layers first, sigmoids with a bias for each expert, shared experts; what is behind
+the layers for multi-token prediction by a name of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +8,11 @@ from .base import (
     DECODER,
     HF_LAYER,
     LAYER,
+    MTP,
+    MTP_BEHIND,
     PROJECTIONS,
     Family,
+    Norm,
     Values,
     Whole,
     decoder_config,
@@ -40,7 +44,7 @@ def _config(spec: Spec) -> Values:
         "moe_intermediate_size": spec.moe_ffn,
         "router_scaling_factor": spec.routed_scaling,
         "mlp_layer_types": kinds,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": spec.mtp,
     }
 
 
@@ -62,17 +66,27 @@ HY_V3 = Family(
             fp32_router=True,
             seed=291,
         ),
+        "hy_v3-tp2-ep2-mtp": _HY_V3.but(
+            tp=2, ep=2, etp=1, mtp=2, zero_centred=True, hf_max_shard_size="100KB", seed=294
+        ),
         "hy_v3-pp2-ep2": _HY_V3.but(
-            pp=2, dp=2, ep=2, moe_layer_freq=(0, 0, 1, 1), dtype="fp32", seed=292
+            pp=2, dp=2, ep=2, moe_layer_freq=(0, 0, 1, 1), dtype="fp32", mtp=1, seed=292
         ),
         "torch-hy_v3-tp2-pp2-ep2": _HY_V3.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=293
         ),
+        "torch-hy_v3-tp2-mtp": _HY_V3.but(format="torch", tp=2, tied=True, mtp=1, seed=295),
+        "torch-hy_v3-pp2-ep2-mtp": _HY_V3.but(
+            format="torch", pp=2, dp=2, ep=2, names="te", mtp=1, seed=296
+        ),
     },
     config=_config,
     arguments=_arguments,
+    mtp_norm="final_layernorm",
     parameters={
         **DECODER,
+        **MTP_BEHIND,
+        MTP + "final_layernorm.weight": Norm(HF_LAYER + "final_layernorm.weight"),
         LAYER + "mlp.router.weight": Whole(HF_LAYER + "mlp.router.gate.weight"),
         LAYER + "mlp.router.expert_bias": Whole(HF_LAYER + "mlp.expert_bias"),
         **gated_mlp(LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_mlp.", PROJECTIONS),
