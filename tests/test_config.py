@@ -108,6 +108,16 @@ ONLY_IN_ENGINES = (
     "indexer_rope_interleave",
     "index_topk_freq",
     "index_skip_topk_offset",
+    "layernorm_epsilon",
+    "hybrid_layer_pattern",
+    "sliding_window_size",
+    "swa_rope_theta",
+    "swa_num_attention_heads",
+    "swa_num_key_value_heads",
+    "swa_head_dim",
+    "swa_v_head_dim",
+    "add_swa_attention_sink_bias",
+    "add_full_attention_sink_bias",
 )
 
 # -- without a reference: all from the checkpoint -------------------------------------------------

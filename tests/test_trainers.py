@@ -325,6 +325,14 @@ def test_slime(moe: Fixture, tmp_path: Path) -> None:
         ("nemo.collections.llm.gpt.model.llama.CodeLlamaConfig7B", "llama"),
         ("Qwen3MoEConfig", "qwen3_moe"),
         ("megatron.bridge.models.falcon_h1.falconh1_provider.FalconH1ModelProvider", "falcon_h1"),
+        (
+            "megatron.bridge.models.exaone.exaone_moe.exaone_moe_provider.ExaoneMoeModelProvider",
+            "exaone_moe",
+        ),
+        (
+            "megatron.bridge.models.mimo_v2_flash.mimo_v2_flash_provider.MiMoV2FlashModelProvider",
+            "mimo_v2_flash",
+        ),
         ("megatron.bridge.models.stepfun.step35_provider.Step35ModelProvider", "step3p5"),
         ("megatron.bridge.models.stepfun.step37_provider.Step37ModelProvider", "step3p7"),
         ("nemo.collections.llm.gpt.model.llama_embedding.Llama32EmbeddingConfig1B", None),

@@ -167,8 +167,13 @@ def _add_rope_parameters(config: dict[str, object]) -> None:
     if (part := config.get("partial_rotary_factor")) is not None:
         described["partial_rotary_factor"] = part
     described["rope_theta"] = config["rope_theta"]
+    local: dict[str, object] | None = None
     if "rope_local_base_freq" in config:  # of the layers with a window, which are not scaled
         local = {"rope_type": "default", "rope_theta": config["rope_local_base_freq"]}
+    elif "swa_rope_theta" in config:  # likewise, and of as much of each head
+        local = {**described, "rope_theta": config["swa_rope_theta"]}
+        del config["rope_scaling"]  # null would stand for all of it (rope_scaling.setter)
+    if local is not None:
         described = {"full_attention": described, "sliding_attention": local}
     config["rope_parameters"] = described
 

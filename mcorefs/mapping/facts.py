@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from mcorefs.mapping import grouped, latent, mamba
+from mcorefs.mapping import grouped, latent, mamba, own_groups
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
@@ -24,6 +24,7 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _MTP_LAYER = re.compile(r"mtp\.layers\.(\d+)\.")
 _ROUTER = re.compile(r"\.mlp\.router\.weight$")
 _INDEXER = re.compile(r"self_attention\.(?:wk|core_attention\.indexer\.linear_wk)\.weight$")
+_SINKS = re.compile(re.escape(f".{own_groups.SINKS}") + "$")
 _MODULE = re.compile(r"decoder\.layers\.(\d+)\.(mixer|self_attention|mlp)\.")
 _LINEAR = re.compile(r"decoder\.layers\.(\d+)\.self_attention\.(?:linear_attn\.)?A_log$")
 
@@ -83,10 +84,17 @@ def gather(
         )
     if (positions := tensors.get(POSITIONS)) is not None and len(positions.shape) == 2:
         dims["positions"] = positions.shape[0]
-    dims |= grouped.attention_sizes(first, args, reference, problems)
-    if sliding:
+    if own_groups.has_own_groups(args, reference):
+        sliding = _layers_with(_SINKS, tensors, dims)
         windowed = _first_layer_with(tensors, set(range(dims["layers"])) - sliding)
-        dims |= grouped.sliding_sizes(windowed, args, reference, dims.get("head_dim"), problems)
+        others = _first_layer_with(tensors, sliding)
+        dims |= own_groups.own_group_sizes(others, windowed, args, reference, problems)
+    else:
+        dims |= grouped.attention_sizes(first, args, reference, problems)
+        if sliding:
+            windowed = _first_layer_with(tensors, set(range(dims["layers"])) - sliding)
+            head_dim = dims.get("head_dim")
+            dims |= grouped.sliding_sizes(windowed, args, reference, head_dim, problems)
     dims |= latent.latent_sizes(first, args, problems)
     dims |= latent.indexer_sizes(first)
     _delta_net(dims, first, args, reference, problems)

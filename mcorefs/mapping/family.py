@@ -49,7 +49,7 @@ class Facts:
     """Layers whose attention is linear: gated delta nets."""
     sliding_layers: frozenset[int] = frozenset()
     """Layers whose attention has a window, where that has another shape than that of the others:
-    sliding_heads, sliding_groups, sliding_q_rows and sliding_kv_rows in `dims`."""
+    sliding_heads, sliding_groups and the like in `dims`; numbered as `moe_layers`."""
     modules: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """The layers that have a mixer (Mamba), self_attention or an mlp (experts, too)."""
     indexed_layers: frozenset[int] = frozenset()

@@ -26,6 +26,7 @@ from torch.nn.functional import silu
 
 from .families import FAMILIES
 from .hf import TORCH_DTYPES
+from .mimo_v2 import with_own_groups
 from .saved_args import model_args
 from .spec import Spec
 from .stand_ins import (
@@ -173,6 +174,9 @@ def _block_spec(
         from .step import with_gates  # likewise
 
         block.layer_specs = with_gates(args, block.layer_specs, first)
+    if spec.family == "mimo_v2_flash":
+        own = zip(block.layer_specs, args["hybrid_attention_pattern"][first:], strict=False)
+        block.layer_specs = [with_own_groups(args, layer, bool(slides)) for layer, slides in own]
     if spec.index_topk:
         from .sparse import with_indexers  # likewise
 

@@ -34,6 +34,7 @@ GENERATOR_FILES = (
     "mamba.py",
     "megatron_model.py",
     "megatron_writer.py",
+    "mimo_v2.py",
     "optimizers.py",
     "own_code.py",
     "saved_again.py",

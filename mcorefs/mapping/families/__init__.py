@@ -25,6 +25,7 @@ from mcorefs.mapping.families.gpt_oss import GPT_OSS
 from mcorefs.mapping.families.hy_v3 import HY_V3
 from mcorefs.mapping.families.llama import LLAMA
 from mcorefs.mapping.families.mimo import MIMO
+from mcorefs.mapping.families.mimo_v2_flash import MIMO_V2_FLASH
 from mcorefs.mapping.families.minimax_m2 import MINIMAX_M2
 from mcorefs.mapping.families.mistral import MISTRAL
 from mcorefs.mapping.families.mixtral import MIXTRAL
@@ -69,6 +70,7 @@ FAMILIES: tuple[Family, ...] = (
     HY_V3,
     LLAMA,
     MIMO,
+    MIMO_V2_FLASH,
     MINIMAX_M2,
     MISTRAL,
     MIXTRAL,

@@ -31,6 +31,7 @@ from .gpt_oss import GPT_OSS
 from .hy_v3 import HY_V3
 from .llama import LLAMA
 from .mimo import MIMO
+from .mimo_v2_flash import MIMO_V2_FLASH
 from .minimax_m2 import MINIMAX_M2
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
@@ -77,6 +78,7 @@ FAMILIES: Mapping[str, Family] = {
     "hy_v3": HY_V3,
     "llama": LLAMA,
     "mimo": MIMO,
+    "mimo_v2_flash": MIMO_V2_FLASH,
     "minimax_m2": MINIMAX_M2,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
