@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from mcorefs.mapping import grouped, latent, mamba, own_groups
+from mcorefs.mapping import grouped, latent, layer_lists, mamba, own_groups
 from mcorefs.mapping.blocks.names import EMBEDDING, OUTPUT
 from mcorefs.mapping.family import Facts, kind
 from mcorefs.mapping.heads import Task
@@ -125,11 +125,18 @@ def gather(
             f"checkpoint stores {OUTPUT}: it is served as it is, and tie_word_embeddings is false"
         )
     linear_layers = frozenset(int(m[1]) for name in tensors if (m := _LINEAR.match(name)))
+    moe_layers = _layers_with(_ROUTER, tensors, dims)
+    decoder = range(dims["layers"])
+    listed = {
+        "moe_layer_freq": moe_layers.intersection(decoder),
+        "linear_attention_freq": linear_layers,
+    }
+    problems += layer_lists.list_problems(args, len(decoder), listed)
     kinds = frozenset(map(kind, tensors))
     facts = Facts(
         dims,
         args,
-        moe_layers=_layers_with(_ROUTER, tensors, dims),
+        moe_layers=moe_layers,
         tied=tied,
         dtype=dtype,
         kinds=kinds,

@@ -148,7 +148,7 @@ def attention_kinds(facts: Facts) -> list[str]:
     if not facts.arg("window_size"):
         slides = [False] * layers
     elif isinstance(skipped, list | tuple):
-        slides = [bool(one) for one in skipped]
+        slides = [bool(one) for one in skipped[:layers]]
     elif skipped == 0:
         raise MappingError("it has no layer without a window:", ["window_attn_skip_freq is 0"])
     elif isinstance(skipped, int):
