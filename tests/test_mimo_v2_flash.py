@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from mcorefs.catalog import build as build_catalog
 from mcorefs.errors import MappingError
 from mcorefs.files import read_all
+from mcorefs.formats.torch_dist import TorchDist
+from mcorefs.mapping.facts import gather
 from mcorefs.mapping.families.mimo_v2_flash import MIMO_V2_FLASH
 from mcorefs.mapping.family import Facts
+from mcorefs.mapping.plan import plan
+from mcorefs.mapping.reference import NO_REFERENCE
 from mcorefs.model import Model, Options, load
 from mcorefs.tree import build
 from tests.checkpoints import Fixture, ensure
 from tests.edited import with_args
 
 NAME, SILENT = "mimo_v2_flash-tp2-ep2", "mimo_v2_flash-no-args"
+MTP = "mimo_v2_flash-tp2-ep2-mtp"
 
 
 @pytest.fixture(scope="module")
 def fixtures() -> Mapping[str, Fixture]:
-    return ensure([NAME, SILENT])
+    return ensure([NAME, SILENT, MTP])
 
 
 def refusal(root: Path, options: Options) -> tuple[str, ...]:
@@ -118,6 +126,39 @@ def test_without_arguments_a_reference_says_the_rest(fixtures: Mapping[str, Fixt
     )
     with pytest.raises(MappingError):
         load(fixture.root, Options())
+
+
+def test_layers_for_prediction(fixtures: Mapping[str, Fixture]) -> None:
+    fixture = fixtures[MTP]
+    options = Options(vocab_size=fixture.spec.vocab_size)
+    model = load(fixture.root, options)
+    assert model.config["num_nextn_predict_layers"] == 2
+    inside = {tensor.name for tensor in model.tensors if "mtp.layers.1." in tensor.name}
+    assert {name.removeprefix("model.mtp.layers.1.") for name in inside} == {
+        *(f"{name}.weight" for name in ("eh_proj", "enorm", "hnorm", "final_layernorm")),
+        *(f"{name}_layernorm.weight" for name in ("input", "pre_mlp")),
+        *(f"self_attn.{x}_proj.weight" for x in "qkvo"),
+        "self_attn.attention_sink_bias",
+        *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    }
+    without = load(fixture.root, replace(options, mtp=False))
+    assert without.config["num_nextn_predict_layers"] == 0
+    assert not any("mtp" in tensor.name for tensor in without.tensors)
+
+
+def test_a_layer_for_prediction_without_a_window_is_refused(
+    fixtures: Mapping[str, Fixture],
+) -> None:
+    """Its sinks show it, as those of others do."""
+    whole = TorchDist().index(fixtures[MTP].iteration)
+    sinks = re.compile(r"mtp\.layers\.1\..*softmax_offset")
+    stored = {name: one for name, one in whole.tensors.items() if not sinks.match(name)}
+    assert len(stored) == len(whole.tensors) - 1
+    tensors = build_catalog(stored).tensors
+    facts, _, problems = gather(tensors, whole.args, NO_REFERENCE)
+    assert not problems
+    _, problems = plan(MIMO_V2_FLASH, tensors, facts)
+    assert any("linear_qkv.weight, which this family has no place for" in told for told in problems)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def _tell_of_mtp(spec: Spec, model: PreTrainedModel) -> None:
     and some classes and configs do not say."""
     family = FAMILIES[spec.family]
     behind = "|".join(str(spec.layers + number) for number in range(spec.mtp))
-    if not family.mtp_apart:
+    if not family.mtp_at:
         model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.({behind})\."]
     config = model.config.get_text_config()
     config.num_mtp_layers = spec.mtp
@@ -88,12 +88,17 @@ def _tell_of_mtp(spec: Spec, model: PreTrainedModel) -> None:
     if spec.index_topk:
         config.mtp_layer_types = ["indexed_attention"] * spec.mtp
     elif hasattr(config, "layer_types") and not hasattr(config, "mtp_layer_types"):
-        config.mtp_layer_types = ["full_attention"] * spec.mtp
+        kind = "sliding" if family.mtp_moved else "full"
+        config.mtp_layer_types = [f"{kind}_attention"] * spec.mtp
     if spec.vision:  # else what its language model converts is converted in that alone
         model._weight_conversions = get_model_conversion_mapping(model.get_decoder())
-    if family.mtp_norm != "shared_head.norm":  # the only name that it knows of this norm
-        last = WeightRenaming(f".mtp_block.{family.mtp_norm}.", ".post_norm.")
-        model._weight_conversions = [*get_model_conversion_mapping(model), last]
+    if family.mtp_norm != "shared_head.norm":  # the names that it knows of norms
+        names = {
+            f".mtp_block.{family.mtp_norm}.": ".post_norm.",
+            ".pre_mlp_layernorm.": ".post_attention_layernorm.",
+        }
+        renamed = [WeightRenaming(one, other) for one, other in names.items()]
+        model._weight_conversions = [*get_model_conversion_mapping(model), *renamed]
 
 
 def _let_indexers_draft(layers: MtpModel) -> None:

@@ -47,7 +47,7 @@ _CORPUS = (
 def save_model(spec: Spec, directory: Path) -> None:
     options = {} if spec.hf_max_shard_size is None else {"max_shard_size": spec.hf_max_shard_size}
     family = FAMILIES[spec.family]
-    has_place = not spec.mtp or (family.mtp_at and not family.mtp_apart)
+    has_place = not spec.mtp or family.has_place_for_mtp
     model = build_model(spec) if has_place else build_model_with_mtp(spec)
     model.save_pretrained(directory, **options)
     if turned := FAMILIES[spec.family].turned:
@@ -107,6 +107,12 @@ def build_model_with_mtp(spec: Spec) -> PreTrainedModel:
         layer.shared_head.norm = _norm(layer, generator)
         layer.embed_tokens = copy.deepcopy(embedding)
         layer.shared_head.head = copy.deepcopy(head)
+    if family.mtp_moved:
+        decoder.layers, decoder.mtp = layers[: spec.layers], nn.Module()
+        decoder.mtp.layers = layers[spec.layers :]
+        for layer in decoder.mtp.layers:
+            layer.pre_mlp_layernorm = layer.post_attention_layernorm
+            del layer.post_attention_layernorm
     model.config = model_config(spec)
     model.config.architectures = [type(model).__name__]
     if spec.vision:

@@ -192,6 +192,8 @@ def _build_stage(
     if FAMILIES[spec.family].mtp_is_dense:
         norm = config.normalization
         inside = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=norm)
+    if spec.family == "mimo_v2_flash":
+        inside = with_own_groups(args, inside, True)
     model = GPTModel(
         config=config,
         transformer_layer_spec=block,

@@ -194,9 +194,12 @@ class _Reader:
 
     def _name(self, hf: str) -> str:
         hf = hf.removeprefix("model.") if self.spec.bare else hf
-        at = FAMILIES[self.spec.family].mtp_at
+        family = FAMILIES[self.spec.family]
+        at = family.mtp_at
         if at and self.layer and (number := int(self.layer) - self.spec.layers) >= 0:
             hf = hf.replace(HF_LAYER, at.replace("{mtp}", str(number)))
+            if family.mtp_moved:
+                hf = hf.replace("post_attention_layernorm", "pre_mlp_layernorm")
         if self.spec.vision and FAMILIES[self.spec.family].hub_names:
             hf = hf.replace(HF_VISION, "visual.", 1)
         elif self.spec.vision and hf.startswith("model.") and not hf.startswith(HF_VISION):

@@ -1,6 +1,6 @@
 """MiMo-V2-Flash: most layers have a window, sinks and twice the query groups of the others, and
 rotate with another base; value heads are smaller than key heads; the first layers dense, then
-experts and a router of sigmoids with a bias for each.
+experts and a router of sigmoids with a bias for each; layers for multi-token prediction.
 
 Megatron-Bridge:src/megatron/bridge/models/mimo_v2_flash/, whose modules give sinks to the layers
 with a window alone, so that their tensors tell them apart.
@@ -22,7 +22,8 @@ from mcorefs.mapping.blocks.keys import (
     dim,
 )
 from mcorefs.mapping.blocks.mlp import GATED_MLP, expert_bias, gated_experts, router
-from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM
+from mcorefs.mapping.blocks.model import EMBED, HEAD, LAYER_NORMS, NORM, gamma
+from mcorefs.mapping.blocks.mtp import NEXTN_KEYS, inside
 from mcorefs.mapping.blocks.names import LAYER, MLAYER
 from mcorefs.mapping.blocks.routing import (
     MLP_LAYER_TYPES,
@@ -85,6 +86,25 @@ _LAYER = (
     expert_bias("mlp.gate.e_score_correction_bias"),
     *LAYER_NORMS,
 )
+
+_MTP, _AT = "model.mtp.layers.{mtp}.", "mtp.layers.{mtp}."
+_BEHIND = (
+    *_attention(sliding=True),
+    _SINKS,
+    *GATED_MLP,
+    LAYER_NORMS[0],
+    replace(LAYER_NORMS[1], hf=LAYER + "pre_mlp_layernorm.weight"),
+)
+_MTP_LAYER = (
+    *(inside(rule, _MTP) for rule in _BEHIND),
+    *(
+        Rule(f"{_MTP}{name}.weight", f"{_AT}{name}.weight", ("hidden",), gamma, stack="mtp")
+        for name in ("enorm", "hnorm", "final_layernorm")
+    ),
+    Rule(_MTP + "eh_proj.weight", _AT + "eh_proj.weight", ("hidden", "mtp_columns"), stack="mtp"),
+)
+"""Dense layers with a window, which take the embedding first (vLLM:vllm/model_executor/models/
+mimo_v2_mtp.py)."""
 
 # -- which layers have a window -------------------------------------------------------------------
 
@@ -160,11 +180,12 @@ def _value_scale(facts: Facts) -> object | None:
 MIMO_V2_FLASH = Family(
     name="mimo_v2_flash",
     architecture="MiMoV2FlashForCausalLM",
-    rules=(EMBED, *_LAYER, NORM, HEAD),
+    rules=(EMBED, *_LAYER, NORM, *_MTP_LAYER, HEAD),
     config={
         **BASE_KEYS,
         **GQA_KEYS,
         **SIGMOID_KEYS,
+        **NEXTN_KEYS,
         "rms_norm_eps": replace(EPSILON, aliases=("layernorm_epsilon",)),
         "v_head_dim": dim("v_head"),
         "attention_value_scale": Key(_value_scale),

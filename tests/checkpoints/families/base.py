@@ -340,6 +340,9 @@ class Family:
     mtp_norm: str = "shared_head.norm"
     """The norm behind layers for multi-token prediction that count on behind the decoder's. If it
     is another, they hold no copies of the embedding and the output layer."""
+    mtp_moved: bool = False
+    """They are in `mtp_at`, for which transformers' class has no place, have a window, and call the
+    norm before their MLP pre_mlp_layernorm."""
     mtp_is_dense: bool = False
     """Layers for multi-token prediction have no experts, though the decoder's last layer has."""
     mtp_lists: Callable[[Spec], Mapping[str, list[int]]] = no_lists
@@ -367,3 +370,7 @@ class Family:
         """transformers' class has no place for layers for multi-token prediction, and they do not
         count on behind the decoder's."""
         return self.mtp_at == AT_MTP_APART
+
+    @property
+    def has_place_for_mtp(self) -> bool:
+        return bool(self.mtp_at) and not (self.mtp_apart or self.mtp_moved)

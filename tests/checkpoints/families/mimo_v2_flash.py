@@ -1,5 +1,5 @@
 """MiMo-V2-Flash: layers with a window have sinks and twice the query groups, values are smaller
-than keys, sigmoids with a bias for each expert."""
+than keys, sigmoids with a bias for each expert; dense layers for multi-token prediction."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from .base import (
     DECODER,
     HF_LAYER,
     LAYER,
+    MTP,
+    MTP_BEHIND,
     Family,
     Made,
+    Norm,
     Place,
     Rows,
     Values,
@@ -38,8 +41,9 @@ _MIMO_V2 = Spec(
 
 
 def slides(spec: Spec) -> list[int]:
-    """1 for layers with a window."""
-    return [0, 1, 0, 1] if spec.pp > 1 else [0, 1, 1, 0]
+    """1 for layers with a window, as all for multi-token prediction have, which count on."""
+    pattern = [0, 1, 0, 1] if spec.pp > 1 else [0, 1, 1, 0]
+    return [*pattern, *[1] * (spec.layers - 4)]
 
 
 def _config(spec: Spec) -> Values:
@@ -70,6 +74,7 @@ def _config(spec: Spec) -> Values:
         "topk_group": kept,
         "norm_topk_prob": spec.topk > 1,
         "routed_scaling_factor": spec.routed_scaling,
+        "num_nextn_predict_layers": spec.mtp,
     }
 
 
@@ -125,19 +130,32 @@ MIMO_V2_FLASH = Family(
             seed=401,
         ),
         "mimo_v2_flash-pp2-ep2": _MIMO_V2.but(
-            pp=2, dp=2, ep=2, dtype="fp32", moe_layer_freq=(0, 0, 1, 1), seed=402
+            pp=2, dp=2, ep=2, dtype="fp32", mtp=1, moe_layer_freq=(0, 0, 1, 1), seed=402
+        ),
+        "mimo_v2_flash-tp2-ep2-mtp": _MIMO_V2.but(
+            tp=2, ep=2, etp=1, mtp=2, zero_centred=True, hf_max_shard_size="100KB", seed=406
         ),
         "mimo_v2_flash-no-args": _MIMO_V2.but(common="no_args", seed=405),
         "torch-mimo_v2_flash-tp2-pp2-ep2": _MIMO_V2.but(
             format="torch", tp=2, pp=2, ep=2, etp=1, names="te", seed=403
         ),
         "torch-mimo_v2_flash-tp2": _MIMO_V2.but(format="torch", tp=2, seed=404),
+        "torch-mimo_v2_flash-tp2-mtp": _MIMO_V2.but(format="torch", tp=2, mtp=1, seed=407),
+        "torch-mimo_v2_flash-pp2-ep2-mtp": _MIMO_V2.but(
+            format="torch", pp=2, dp=2, ep=2, names="te", mtp=1, seed=408
+        ),
     },
     config=_config,
     arguments=_arguments,
     built=_built,
+    mtp_at="model.mtp.layers.{mtp}.",
+    mtp_norm="final_layernorm",
+    mtp_is_dense=True,
+    mtp_moved=True,
     parameters={
         **DECODER,
+        **MTP_BEHIND,
+        MTP + "final_layernorm.weight": Norm(HF_LAYER + "final_layernorm.weight"),
         LAYER + "self_attention.linear_qkv.weight": Made(
             tuple(f"{_HF}{x}_proj.weight" for x in "qkv"), _qkv
         ),
