@@ -75,9 +75,10 @@ class LocalFiles:
     ReadFault; one *rewritten* in place is noticed when it is next opened. Thread-safe.
 
     Errors that may pass are tried again (PAUSES). With a `deadline`, no call waits longer for the
-    file system than that. What lies in memory is still read by the calling thread, straight into
-    its buffer: only a read that has to wait, as the kernel says (RWF_NOWAIT), is another thread's,
-    through a buffer of its own, because the caller's is not its own once the caller has gone.
+    file system than that. What lies in memory, or does when it is looked at again (LOOKS), is still
+    read by the calling thread, straight into its buffer: only a read that has to wait, as the
+    kernel says (RWF_NOWAIT), is another thread's, through a buffer of its own, because the
+    caller's is not its own once the caller has gone.
     """
 
     def __init__(
