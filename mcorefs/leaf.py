@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ from mcorefs.views import Array, View
 GATHER_BYTES = 256 << 10
 """Most bytes taken from disk at once for elements that do not lie together: so few that they are
 still in the processor's cache when they are put in place."""
+MAX_RUNS = 4096
+"""Runs kept for one tensor, at some 150 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -156,17 +159,17 @@ class Run:
     offset: int
 
 
-class ManyRunsError(Exception):
+class _ManyRunsError(Exception):
     """A box would be cut into more runs than were asked for."""
 
 
-def runs(
+def _runs(
     storage: Storage, tensor: StoredTensor, box: Box, out: Array, base: int, most: int
 ) -> Iterator[Run]:
     """The runs of bytes that copying `box` of `tensor` to `out` would consist of.
 
     `out` is only looked at for its address and strides; `base` is the address of byte 0. Raises
-    ManyRunsError before those of a chunk that has more than `most`.
+    _ManyRunsError before those of a chunk that has more than `most`.
     """
     size = tensor.dtype.itemsize
     if storage.is_remote:
@@ -182,7 +185,7 @@ def runs(
         while split > 0 and _run_axes(local.sizes, placed.strides, strides, split - 1):
             split -= 1
         if math.prod(local.sizes[:split]) > most:
-            raise ManyRunsError
+            raise _ManyRunsError
         length = math.prod(local.sizes[split:]) * size
         source, _ = _stretch(placed.strides, local)
         where = target.__array_interface__["data"][0] - base
@@ -196,3 +199,72 @@ def _run_axes(sizes: Shape, source: Shape, target: Shape, split: int) -> bool:
     """Whether axes from `split` on are one run on both sides."""
     inner = math.prod(sizes[split + 1 :])
     return sizes[split] == 1 or source[split] == target[split] == inner
+
+
+class Addresses:
+    """Addresses with no memory behind them, for arrays that are only looked at. Kept from one to
+    the next: to give up a mapping interrupts all processors."""
+
+    def __init__(self) -> None:
+        self._space: mmap.mmap | None = None
+
+    def array(self, view: View) -> Array:
+        """An array like `view`. Raises OSError, ValueError or OverflowError if it is too large."""
+        count = math.prod(view.shape)
+        nbytes = count * view.dtype.itemsize
+        space = self._space
+        if space is None or len(space) < nbytes:
+            # Read-only pages are never counted as memory in use, however many.
+            space = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+            self._space = space
+        return np.frombuffer(space, view.dtype.carrier, count).reshape(view.shape)
+
+
+def as_runs(
+    storage: Storage, addresses: Addresses, view: View, min_run: int
+) -> tuple[Run, ...] | None:
+    """The runs that make up `view`, None if they are short and many.
+
+    The view is made to fill an array that has addresses but no memory: the leaf sees where each
+    piece would go and notes it instead of writing.
+    """
+    nbytes = math.prod(view.shape) * view.dtype.itemsize
+    if nbytes == 0:
+        return ()
+    most = min(max(16, nbytes // min_run), MAX_RUNS)
+    found: list[Run] = []
+    try:
+        out = addresses.array(view)
+    except (OSError, ValueError, OverflowError):
+        return None
+    base = out.__array_interface__["data"][0]
+
+    def note(tensor: StoredTensor, box: Box, target: Array) -> None:
+        for run in _runs(storage, tensor, box, target, base, most):
+            found.append(run)
+            # A piece outside goes through a buffer of the view's own: not straight.
+            if len(found) > most or not 0 <= run.start <= nbytes - run.nbytes:
+                raise _ManyRunsError
+
+    try:
+        view.read_into(Box.whole(view.shape), out, note)
+    except _ManyRunsError:
+        return None
+    ordered = sorted(found, key=lambda run: run.start)
+    ends = [run.start + run.nbytes for run in ordered]
+    if [0, *ends] != [*(run.start for run in ordered), nbytes]:
+        return None
+    return _joined(ordered)
+
+
+def _joined(ordered: list[Run]) -> tuple[Run, ...]:
+    """Neighbours that are neighbours in their file too become one run."""
+    joined: list[Run] = []
+    for run in ordered:
+        if joined:
+            last = joined[-1]
+            if last.path == run.path and last.offset + last.nbytes == run.offset:
+                joined[-1] = Run(last.start, last.nbytes + run.nbytes, last.path, last.offset)
+                continue
+        joined.append(run)
+    return tuple(joined)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Hashable, Iterator
@@ -26,9 +25,8 @@ import numpy as np
 
 from mcorefs.activity import Activity
 from mcorefs.boxes import Box, Shape, flat_range_boxes
-from mcorefs.index import StoredTensor
 from mcorefs.layout import SafetensorsLayout
-from mcorefs.leaf import ManyRunsError, Run, StorageLeaf, cost, runs
+from mcorefs.leaf import Addresses, Run, StorageLeaf, as_runs, cost
 from mcorefs.storage import Storage
 from mcorefs.views import Array, Leaf, View, elementwise, moves_only
 
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 TILE_BYTES = 4 << 20
 MIN_RUN = 32 << 10
 """Mean length from which runs are read one by one rather than gathered into tiles."""
-MAX_RUNS = 4096
-"""Runs kept for one tensor, at some 150 bytes each."""
 PAGE, REQUEST_BYTES = 4 << 10, 128 << 10
 """The least a reader asks for, and what one that faults pages in asks for at a time."""
 PIECES_OF_RUN = 8
@@ -161,7 +157,7 @@ class Reader:
         self._cache = TileCache(cache) if isinstance(cache, int) else cache
         self._number = next(_NUMBERS)
         self._tile_bytes, self._min_run = tile_bytes, min_run
-        self._addresses = _Addresses()
+        self._addresses = Addresses()
         self._ways: dict[int, tuple[View, _Way]] = {}
         """By id, with the view itself: the id must not become that of another view."""
 
@@ -211,7 +207,7 @@ class Reader:
 
     def _way(self, view: View) -> _Way:
         if moves_only(view):
-            found = _as_runs(self._storage, self._addresses, view, self._min_run)
+            found = as_runs(self._storage, self._addresses, view, self._min_run)
             if found is not None:
                 return _Straight(found, tuple(run.start for run in found))
         if elementwise(view) and not self._storage.is_remote and self._is_cheap(view):
@@ -314,75 +310,6 @@ def _tiling(shape: Shape, itemsize: int, tile_bytes: int) -> _Tiled:
         row_bytes = math.prod(shape[axis + 1 :]) * itemsize
     rows = max(1, min(shape[axis], tile_bytes // max(row_bytes, 1)))
     return _Tiled(axis, rows, -(-shape[axis] // rows))
-
-
-class _Addresses:
-    """Addresses with no memory behind them, for arrays that are only looked at. Kept from one to
-    the next: to give up a mapping interrupts all processors."""
-
-    def __init__(self) -> None:
-        self._space: mmap.mmap | None = None
-
-    def array(self, view: View) -> Array:
-        """An array like `view`. Raises OSError, ValueError or OverflowError if it is too large."""
-        count = math.prod(view.shape)
-        nbytes = count * view.dtype.itemsize
-        space = self._space
-        if space is None or len(space) < nbytes:
-            # Read-only pages are never counted as memory in use, however many.
-            space = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
-            self._space = space
-        return np.frombuffer(space, view.dtype.carrier, count).reshape(view.shape)
-
-
-def _as_runs(
-    storage: Storage, addresses: _Addresses, view: View, min_run: int
-) -> tuple[Run, ...] | None:
-    """The runs that make up `view`, None if they are short and many.
-
-    The view is made to fill an array that has addresses but no memory: the leaf sees where each
-    piece would go and notes it instead of writing.
-    """
-    nbytes = math.prod(view.shape) * view.dtype.itemsize
-    if nbytes == 0:
-        return ()
-    most = min(max(16, nbytes // min_run), MAX_RUNS)
-    found: list[Run] = []
-    try:
-        out = addresses.array(view)
-    except (OSError, ValueError, OverflowError):
-        return None
-    base = out.__array_interface__["data"][0]
-
-    def note(tensor: StoredTensor, box: Box, target: Array) -> None:
-        for run in runs(storage, tensor, box, target, base, most):
-            found.append(run)
-            # A piece outside goes through a buffer of the view's own: not straight.
-            if len(found) > most or not 0 <= run.start <= nbytes - run.nbytes:
-                raise ManyRunsError
-
-    try:
-        view.read_into(Box.whole(view.shape), out, note)
-    except ManyRunsError:
-        return None
-    ordered = sorted(found, key=lambda run: run.start)
-    ends = [run.start + run.nbytes for run in ordered]
-    if [0, *ends] != [*(run.start for run in ordered), nbytes]:
-        return None
-    return _joined(ordered)
-
-
-def _joined(ordered: list[Run]) -> tuple[Run, ...]:
-    """Neighbours that are neighbours in their file too become one run."""
-    joined: list[Run] = []
-    for run in ordered:
-        if joined:
-            last = joined[-1]
-            if last.path == run.path and last.offset + last.nbytes == run.offset:
-                joined[-1] = Run(last.start, last.nbytes + run.nbytes, last.path, last.offset)
-                continue
-        joined.append(run)
-    return tuple(joined)
 
 
 @dataclass(frozen=True, eq=False)
