@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -195,6 +196,14 @@ def main() -> None:
         app(prog_name="mcorefs")
     except McorefsError as error:
         err.print(wording.printable(f"mcorefs: {error}"))
+        sys.exit(1)
+    except MemoryError:
+        err.print("mcorefs: there is not enough memory (is it limited by ulimit -v?)")
+        sys.exit(1)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        err.print(f"mcorefs: the output cannot be written: {error.strerror}")
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("mcorefs: interrupted")

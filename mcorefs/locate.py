@@ -138,7 +138,12 @@ def _of_nemo(path: Path, chosen: Path, below: Sequence[Path], name: str | None) 
 
 def _absolute(path: Path) -> Path:
     """`path` as a directory that exists, with its own name if that says which iteration it is."""
-    path = archive_path(path.absolute())
+    try:
+        path = archive_path(path.absolute())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is nowhere, for the directory that this was started in is gone: cd to another"
+        ) from None
     try:
         if not path.exists():
             if path.is_symlink():

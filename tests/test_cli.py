@@ -294,6 +294,42 @@ def test_a_failed_start_leaves_nothing(fixtures: dict[str, Fixture], mnt: Path) 
     assert mounted(mnt) is None
 
 
+def test_output_that_cannot_be_written(fixtures: dict[str, Fixture], mnt: Path) -> None:
+    """What only looks has failed; a mount is there all the same."""
+    root = next(iter(fixtures.values())).root
+    with open("/dev/full", "wb") as full:
+        for command, code in (("inspect", root), 1), (("mount", root, mnt), 0):
+            done = subprocess.run(
+                [sys.executable, "-m", "mcorefs", *map(str, command)],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                timeout=60,
+            )
+            assert done.returncode == code, done.stderr
+            assert "Traceback" not in done.stderr
+            assert code == 0 or "cannot be written: No space left" in done.stderr
+    assert mounted(mnt) is not None
+
+
+def test_started_where_there_is_no_directory(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = subprocess.run(
+        ["sh", "-c", 'rmdir "$1" && exec "$0" -m mcorefs inspect ckpt', sys.executable, str(gone)],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "ckpt is nowhere, for the directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_help_teaches() -> None:
     said = mcorefs("--help")
     for word in ("mount", "umount", "materialize", "inspect", "verify", "mcorefs.open"):

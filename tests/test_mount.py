@@ -714,6 +714,18 @@ def test_log_file_that_cannot_be_written(place: Path) -> None:
         serve(make_tree, place / "mnt", MountOptions(log_file=place / "absent/log"))
 
 
+def test_a_log_that_waits_for_a_reader(place: Path) -> None:
+    os.mkfifo(place / "log")
+    options = MountOptions(log_file=place / "log")
+    with pytest.raises(MountError, match=r"log file .* cannot be written"):
+        serve(make_tree, place / "mnt", options)
+    reader = os.open(place / "log", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(MountError, match=r"log file .* is a FIFO"):
+        serve(make_tree, place / "mnt", options)
+    os.close(reader)
+    assert mounted(place / "mnt") is None
+
+
 def test_importing_loads_no_libfuse() -> None:
     code = (
         "import sys, mcorefs.mount\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated
@@ -127,9 +129,19 @@ def mount(
         if prefetch and foreground and mnt is not None:
             Thread(target=_prefetch, args=(mnt, tree), daemon=True).start()
 
-    serve(lambda: tree, mnt, mount_options, on_ready=ready)
+    serve(lambda: tree, mnt, mount_options, on_ready=_whoever_listens(ready))
     if prefetch and not foreground and mnt is not None:
         _prefetch(mnt, tree)
+
+
+def _whoever_listens(ready: Callable[[], None]) -> Callable[[], None]:
+    """`ready`, which says that it is mounted; where that cannot be said, it is so all the same."""
+
+    def say_so() -> None:
+        with suppress(OSError):
+            ready()
+
+    return say_so
 
 
 def _where(mnt: Path | None, fuse_fd: int | None) -> str:
@@ -168,7 +180,7 @@ def _mount_run(ckpt: Path, mnt: Path | None, options: Options, mount_options: Mo
             say("None is complete yet: they appear when they have been saved")
         say(_how_to_end(mnt))
 
-    serve(lambda: living, mnt, mount_options, on_ready=ready)
+    serve(lambda: living, mnt, mount_options, on_ready=_whoever_listens(ready))
 
 
 def _prefetch(mnt: Path, tree: VirtualTree) -> None:

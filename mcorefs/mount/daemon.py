@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -215,12 +216,20 @@ def _become_daemon(
 
 def _open_log(log_file: Path | None) -> int:
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        return os.open(os.devnull if log_file is None else log_file, flags, 0o600)
+        # O_NONBLOCK: to open a FIFO waits for who reads it, and so could every line.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(os.devnull if log_file is None else log_file, flags, 0o600)
     except OSError as error:
         raise MountError(
             f"the log file {log_file} cannot be written: {error.strerror}: name another one"
         ) from error
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise MountError(
+            f"the log file {log_file} is a FIFO, whose reader could hold up the mount: name a file"
+        )
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _leave_terminal(log_fd: int) -> None:
