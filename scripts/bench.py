@@ -3,7 +3,8 @@
 Makes checkpoints (real megatron-core, kept in --dir), then compares what goes through mcorefs with
 the same bytes as real files: medians of several rounds, the two sides taking turns. The reference
 for reading through a mount is libfuse's own passthrough (Debian: gcc, pkg-config, libfuse3-dev).
-Dropping the page cache, for the cold figures, needs root. Run by `scripts/bench`.
+Dropping the page cache, for the cold figures, needs root. `peers`, other converters, installs those
+of scripts/converters.txt (0.6 GB) when it is first run. Run by `scripts/bench`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,10 @@ def machine() -> str:
         platform.machine(),
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 30)
-    return f"{os.cpu_count()} x {model}, {memory:.0f} GiB, Linux {platform.release()}"
+    load = (
+        f"load {os.getloadavg()[0]:.1f} before"  # of others: more than 0 or so, and it was shared
+    )
+    return f"{os.cpu_count()} x {model}, {memory:.0f} GiB, Linux {platform.release()}, {load}"
 
 
 if __name__ == "__main__":

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
 from scripts.benchmarks.bench import Bench
-from scripts.benchmarks.places import MCOREFS, ROOT, Place, child, in_turns, warm
+from scripts.benchmarks.places import MCOREFS, ROOT, Ended, Place, child, in_turns, warm
 
 CONVERTERS = Path(sys.prefix) / "converters"
 PACKAGES = f"{CONVERTERS}:{Path(sys.prefix) / 'trainers'}"
@@ -35,8 +37,7 @@ class Converter:
     """PYTHONPATH."""
     converts: bool = True
     """Its tensors are those of the model; else it does less."""
-    figures: dict[str, float] = field(default_factory=dict)
-    """Peak resident MiB, of all rounds."""
+    ended: list[Ended] = field(default_factory=list)
 
     def run(self, out: Path) -> float:
         """Seconds until what it writes to `out` is on disk."""
@@ -44,11 +45,18 @@ class Converter:
         out.with_name("rendezvous").unlink(missing_ok=True)
         os.sync()
         environment = {**os.environ, "PYTHONPATH": self.path, "PYTHONWARNINGS": "ignore"}
-        seconds, peak, _ = child(*self.command, timeout=900, env=environment)
+        self.ended.append(child(*self.command, timeout=900, env=environment))
         started = time.perf_counter()
         os.sync()
-        self.figures["peak"] = max(peak, self.figures.get("peak", 0))
-        return seconds + time.perf_counter() - started
+        return self.ended[-1].seconds + time.perf_counter() - started
+
+    @property
+    def peak_mib(self) -> float:
+        return max(one.peak_mib for one in self.ended)
+
+    @property
+    def cpu_seconds(self) -> float:
+        return statistics.median(one.cpu_seconds for one in self.ended)
 
 
 def peers(bench: Bench) -> None:
@@ -56,23 +64,26 @@ def peers(bench: Bench) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     out = scratch / "out"
+
+    def seconds_of(converter: Converter) -> float:
+        seconds = converter.run(out)
+        if converter.converts:
+            compare(out, moe)
+        return seconds
+
     try:
-        ours, *theirs = converters(moe, scratch, out)
+        found = converters(moe, scratch, out)
         warm(*moe.shards)
-        for converter in (ours, *theirs):
-            converter.run(out)  # compiles what it imports
-            if converter.converts:
-                compare(out, moe)
-        rounds = min(bench.rounds, 3)
-        sides = [lambda one=one: one.run(out) for one in (ours, *theirs)]
-        seconds, *references = in_turns(rounds, *sides)
+        sides = [partial(seconds_of, one) for one in found]
+        taken = in_turns(min(bench.rounds, 3), *sides)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    for converter, reference in zip(theirs, references, strict=True):
-        name = converter.name
-        bench.time("materialize, from the shell", seconds, name, reference, 1 / 5)
-        bench.row("materialize, peak memory", ours.figures["peak"], "MiB", name,
-                  converter.figures["peak"], at_most=1 / 10)  # fmt: skip
+    (ours, *theirs), (seconds, *references) = found, taken
+    for one, reference in zip(theirs, references, strict=True):
+        bench.time("materialize, from the shell", seconds, one.name, reference, 1 / 5)
+        bench.time("materialize, CPU", ours.cpu_seconds, one.name, one.cpu_seconds, None)
+        bench.row("materialize, peak resident memory", ours.peak_mib, "MiB", one.name,
+                  one.peak_mib, at_most=1 / 10)  # fmt: skip
 
 
 def converters(moe: Place, scratch: Path, out: Path) -> list[Converter]:

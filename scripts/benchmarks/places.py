@@ -243,10 +243,21 @@ def in_turns(rounds: int, *sides: Callable[[], float]) -> list[float]:
     return [statistics.median(figures) for figures in found]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What a child took."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+    """Resident."""
+    said: str
+
+
 def child(
     *command: str | Path, timeout: float = 300, env: Mapping[str, str] | None = None
-) -> tuple[float, float, str]:
-    """(seconds, peak resident MiB, what it printed) of a command that must succeed."""
+) -> Ended:
+    """A command that must succeed."""
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as log:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -258,7 +269,7 @@ def child(
             with suppress(OSError, IndexError):
                 text = Path(f"/proc/{process.pid}/status").read_text()
                 peak = int(text.split("VmHWM:")[1].split()[0]) / 1024
-            pid, status, _ = os.wait4(process.pid, os.WNOHANG)
+            pid, status, used = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             if time.monotonic() > deadline:
@@ -273,4 +284,4 @@ def child(
         if process.returncode:
             said = log.read().decode(errors="replace")
             raise RuntimeError(f"{command} ended with {process.returncode}\n{said[-2000:]}")
-        return seconds, peak, printed.read().decode()
+        return Ended(seconds, used.ru_utime + used.ru_stime, peak, printed.read().decode())

@@ -156,7 +156,7 @@ def again(bench: Bench) -> None:
 
 
 def _touch(file: Path, *options: str) -> list[float]:
-    return [float(word) for word in child(sys.executable, TOUCH, file, *options)[2].split()]
+    return [float(word) for word in child(sys.executable, TOUCH, file, *options).said.split()]
 
 
 def random_reads(bench: Bench) -> None:
@@ -238,7 +238,7 @@ def many_threads(bench: Bench) -> None:
             def seconds() -> float:
                 forget(*files)
                 many = ("--threads", str(threads))
-                return float(child(sys.executable, TOUCH, *files, *many, timeout=120)[2])
+                return float(child(sys.executable, TOUCH, *files, *many, timeout=120).said)
 
             return seconds
 
@@ -273,8 +273,10 @@ def api(bench: Bench) -> None:
     warm(moe.weights, *moe.shards)
     seconds, reference = in_turns(
         bench.rounds,
-        lambda: float(child(sys.executable, "-c", _OURS, moe.checkpoint, moe.real)[2].split()[-1]),
-        lambda: float(child(sys.executable, "-c", _REAL, moe.weights)[2]),
+        lambda: float(
+            child(sys.executable, "-c", _OURS, moe.checkpoint, moe.real).said.split()[-1]
+        ),
+        lambda: float(child(sys.executable, "-c", _REAL, moe.weights).said),
     )
     what = "safe_open (mmap), each tensor copied to memory as ours are"
     bench.time("mcorefs.open, all tensors", seconds, what, reference, 1.5)

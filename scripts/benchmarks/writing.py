@@ -33,9 +33,9 @@ def materialize(bench: Bench) -> None:
     def ours() -> float:
         clean()
         command = [*MCOREFS, "materialize", str(moe.checkpoint), str(scratch)]
-        seconds, peak, _ = child(*command, "--tokenizer", moe.real)
-        peaks.append(peak)
-        return seconds
+        ended = child(*command, "--tokenizer", moe.real)
+        peaks.append(ended.peak_mib)
+        return ended.seconds
 
     def copying() -> float:
         clean()
