@@ -95,15 +95,19 @@ class Place:
 
 
 def place(directory: Path, name: str) -> Place:
-    """The checkpoint `name` of SPECS, made (real megatron-core) where it is not there yet."""
+    """The checkpoint `name` of SPECS, made (real megatron-core) where it is not there yet, or was
+    made of another spec."""
     made = directory / name
     spec, changes = SPECS[name]
-    if not made.exists():
+    note, wanted = made / "spec.json", json.dumps([spec, changes])
+    if not note.exists() or note.read_text() != wanted:
         print(f"making {name} (a minute)", file=sys.stderr)
+        shutil.rmtree(made, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "tests.checkpoints", spec]
         command += ["--out", str(made), "--spec", json.dumps(changes)]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        note.write_text(wanted)
     for file in made.joinpath("tokenizer").iterdir():
         shutil.copy(file, made / "hf")
     (weights,) = (made / "hf").glob("*.safetensors")
