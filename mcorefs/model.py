@@ -21,6 +21,7 @@ from mcorefs.mapping.choose import Choice, choose
 from mcorefs.mapping.facts import gather
 from mcorefs.mapping.family import Facts, Family
 from mcorefs.mapping.heads import TASKS, for_task, task_of
+from mcorefs.mapping.layer_lists import without_mtp
 from mcorefs.mapping.plan import HfTensor, cast, plan
 from mcorefs.mapping.reference import HF_CONFIG, NO_REFERENCE, Reference, own_code, read_reference
 from mcorefs.mapping.tokenizer import Tokenizer, find, with_processor
@@ -233,7 +234,7 @@ def _with_mtp(
     if wanted:
         return canonical, beside, []
     count = sum(map(is_of_mtp, canonical.tensors))
-    args = {name: value for name, value in beside.args.items() if not name.startswith("mtp_")}
+    args = without_mtp(beside.args)
     said = [f"left out: {count} tensors for multi-token prediction (--no-mtp)"] if count else []
     return canonical.without(is_of_mtp), replace(beside, args=args), said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,5 @@ def test_a_window_behind_the_decoder_is_not_in_its_config(
     longer = {"window_attn_skip_freq": [1, 1, 1, 0, 0], "no_rope_freq": [0, 0, 0, 1, 1]}
     root = with_args(fixture, tmp_path, **longer)
     assert load(root, options).config == load(fixture.root, options).config
+    without = replace(options, mtp=False)
+    assert load(root, without).config == load(fixture.root, without).config

@@ -57,6 +57,19 @@ def list_problems(
             )
 
 
+def without_mtp(args: Mapping[str, object]) -> dict[str, object]:
+    """`args` of the model without its layers for multi-token prediction, with no entries for them
+    at the end of lists."""
+    layers, more = args.get("num_layers"), args.get("mtp_num_layers")
+    kept = {name: value for name, value in args.items() if not name.startswith("mtp_")}
+    if type(layers) is int and type(more) is int:
+        for name in _OF_LAYERS:
+            listed = kept.get(name)
+            if isinstance(listed, list | tuple) and len(listed) == layers + more:
+                kept[name] = list(listed[:layers])
+    return kept
+
+
 def _is_pair(name: str, listed: list[object] | tuple[object, ...]) -> bool:
     """Gemma 3's may be two numbers of layers that take turns."""
     return name == "interleaved_attn_pattern" and not all(isinstance(one, str) for one in listed)
