@@ -30,6 +30,10 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _ALL_ONES16, _ALL_ONES32 = 0xFFFF, 0xFFFFFFFF
 _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 """Flags of a record: its sizes follow it; its name is UTF-8. No other is ever set."""
+_DESCRIPTORS = (0, 12, 16, 20, 24)
+"""Bytes of what follows the data: a CRC and two sizes of 4 or 8 bytes, with or without a mark."""
+_HEAD = 256
+"""Most local headers are smaller, with the padding that aligns their data to 64 bytes."""
 GUESS = 2048
 """Head and tail of an archive of one tensor: two reads of this size find everything."""
 _TWINS = 4
@@ -181,9 +185,12 @@ def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
     Raises CheckpointError if the local header contradicts the directory.
     """
     name = record.full_name or b""
-    local = _read(pread, record.header, _LOCAL.size + len(name), nbytes, what)
+    least = _LOCAL.size + len(name)
+    count = max(least, min(_HEAD, nbytes - record.header))
+    local = _read(pread, record.header, count, nbytes, what)
     magic, _, flags, method, _, _, _, packed, size, name_len, extra_len = _LOCAL.unpack_from(local)
-    start = record.header + _LOCAL.size + name_len + extra_len
+    named = _LOCAL.size + name_len
+    start = record.header + named + extra_len
     end = nbytes if record.end is None else record.end
     # Sizes that follow the data, or stand in a zip64 field, are not here.
     elsewhere = (0, _ALL_ONES32) if flags & _DESCRIPTOR else (_ALL_ONES32,)
@@ -192,11 +199,30 @@ def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
         or method != 0
         or flags & ~(_DESCRIPTOR | _UTF8)
         or not {packed, size} <= {record.nbytes, *elsewhere}
-        or (record.full_name is not None and (name_len, local[_LOCAL.size :]) != (len(name), name))
+        or (record.full_name is not None and local[_LOCAL.size : named] != name)
         or start + record.nbytes > end
+        or not _is_behind(start + record.nbytes, record.end, bool(flags & _DESCRIPTOR))
     ):
         raise _malformed(what, f"the header of record {record.name!a:.80} is damaged")
+    if named + extra_len > len(local):
+        local = _read(pread, record.header, named + extra_len, nbytes, what)
+    if not _are_fields(local[named : named + extra_len]):
+        raise _malformed(what, f"the header of record {record.name!a:.80} is damaged")
     return int(start)
+
+
+def _is_behind(data_end: int, end: int | None, has_descriptor: bool) -> bool:
+    """Whether nothing but a descriptor lies between a record's data and what comes next."""
+    return end is None or end - data_end in (_DESCRIPTORS if has_descriptor else (0,))
+
+
+def _are_fields(extra: bytes) -> bool:
+    """Whether that is what it is to be: fields, each with its length. So a wrong length of what
+    precedes the data, which only the local header states, is no shift of the data."""
+    at = 0
+    while at + 4 <= len(extra):
+        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
+    return at == len(extra)
 
 
 def load(pread: Pread, nbytes: int, what: str) -> tuple[object, Mapping[str, Record]]:

@@ -19,7 +19,16 @@ from torch.utils.serialization import config
 from mcorefs import torchzip, unpickle
 from mcorefs.dtypes import BF16, BY_TORCH
 from mcorefs.errors import CheckpointError
-from mcorefs.torchzip import Locator, Pread, data_start, load, load_object, record_of, records
+from mcorefs.torchzip import (
+    Locator,
+    Pread,
+    Record,
+    data_start,
+    load,
+    load_object,
+    record_of,
+    records,
+)
 from mcorefs.unpickle import Storage, StoredView
 from tests.tilings import shapes
 
@@ -437,8 +446,9 @@ def test_a_source_that_comes_short_is_refused() -> None:
 
 @pytest.mark.parametrize("content", [archive(members()), saved(torch.arange(4.0))])
 def test_any_byte_may_be_wrong(content: bytes) -> None:
-    """Refused, or a tensor inside its archive; nothing else is raised."""
-    accepted = 0
+    """Refused, or a tensor inside its archive, whose bytes are where they were; nothing else is
+    raised."""
+    accepted, wanted = 0, located(content)[0]
     for at in range(len(content)):
         for value in {0, 0xFF, content[at] ^ 1, content[at] ^ 0x80}:
             damaged = content[:at] + bytes([value]) + content[at + 1 :]
@@ -447,9 +457,30 @@ def test_any_byte_may_be_wrong(content: bytes) -> None:
             except CheckpointError:
                 continue
             accepted += 1
+            assert start == wanted
             assert start + view.storage.nbytes <= len(content)
             assert len(elements(damaged, start, view)) <= view.storage.nbytes
     assert accepted
+
+
+def test_a_wrong_header_shifts_no_data() -> None:
+    """Also where nothing is known but where the header is and how much data follows, as it is of
+    the weights of a checkpoint of many records."""
+    content = saved(torch.arange(4.0))
+    known = records(reading(content), len(content), "entry")["data/0"]
+    record = Record(known.name, known.header, known.nbytes)
+    wanted = data_start(reading(content), known, len(content), "entry")
+    assert data_start(reading(content), record, len(content), "entry") == wanted
+    refused = 0
+    for at in range(26, 30):  # the lengths of the name, and of what pads it
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[record.header + at] ^= 1 << bit
+            for what_is_known in (record, known):
+                with pytest.raises(CheckpointError, match=r"is damaged|lies outside|ends before"):
+                    data_start(reading(bytes(damaged)), what_is_known, len(content), "entry")
+                refused += 1
+    assert refused == 64
 
 
 def _noting(content: bytes, asked: list[int]) -> Pread:
