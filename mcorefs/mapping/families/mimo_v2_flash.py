@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from mcorefs.mapping.blocks.attention import SINKS, in_halves
+from mcorefs.mapping.blocks.attention import SINKS
 from mcorefs.mapping.blocks.keys import (
     BASE_KEYS,
     EPSILON,
@@ -55,18 +55,14 @@ def _of_groups(part: _Part, sliding: bool) -> Block:
     return block
 
 
-def _rotated(block: Block) -> Block:
-    return lambda view, facts: in_halves(block(view, facts), facts)
-
-
 def _attention(sliding: bool) -> tuple[Rule, ...]:
     at, layers = ("sliding_", "sliding") if sliding else ("", "full")
     query = _of_groups(lambda heads, key, value: (0, heads * key), sliding)
     key = _of_groups(lambda heads, key, value: (heads * key, key), sliding)
     value = _of_groups(lambda heads, key, value: (heads * key + key, value), sliding)
     found = (
-        Rule(LAYER + "self_attn.q_proj.weight", _QKV, ("q_rows", "hidden"), _rotated(query)),
-        Rule(LAYER + "self_attn.k_proj.weight", _QKV, (f"{at}k_rows", "hidden"), _rotated(key)),
+        Rule(LAYER + "self_attn.q_proj.weight", _QKV, ("q_rows", "hidden"), query),
+        Rule(LAYER + "self_attn.k_proj.weight", _QKV, (f"{at}k_rows", "hidden"), key),
         Rule(LAYER + "self_attn.v_proj.weight", _QKV, (f"{at}value_rows", "hidden"), value),
         Rule(LAYER + "self_attn.o_proj.weight", MLAYER + _PROJ, ("hidden", "value_columns")),
     )
@@ -222,6 +218,7 @@ MIMO_V2_FLASH = Family(
         **decoder_requires("rotary_percent", "window_size"),
         **SIGMOID_REQUIRES,
         "window_attn_skip_freq": (),
+        "rotary_interleaved": (False,),
         "use_rope_scaling": (False,),
         "rotary_seq_len_interpolation_factor": (1, 1.0),
         "seq_len_interpolation_factor": (1, 1.0),
