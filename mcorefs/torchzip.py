@@ -32,8 +32,6 @@ _DESCRIPTOR, _UTF8 = 0x0008, 0x0800
 """Flags of a record: its sizes follow it; its name is UTF-8. No other is ever set."""
 _DESCRIPTORS = (0, 12, 16, 20, 24)
 """Bytes of what follows the data: a CRC and two sizes of 4 or 8 bytes, with or without a mark."""
-_HEAD = 256
-"""Most local headers are smaller, with the padding that aligns their data to 64 bytes."""
 GUESS = 2048
 """Head and tail of an archive of one tensor: two reads of this size find everything."""
 _TWINS = 4
@@ -185,9 +183,7 @@ def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
     Raises CheckpointError if the local header contradicts the directory.
     """
     name = record.full_name or b""
-    least = _LOCAL.size + len(name)
-    count = max(least, min(_HEAD, nbytes - record.header))
-    local = _read(pread, record.header, count, nbytes, what)
+    local = _read(pread, record.header, _LOCAL.size + len(name), nbytes, what)
     magic, _, flags, method, _, _, _, packed, size, name_len, extra_len = _LOCAL.unpack_from(local)
     named = _LOCAL.size + name_len
     start = record.header + named + extra_len
@@ -199,14 +195,12 @@ def data_start(pread: Pread, record: Record, nbytes: int, what: str) -> int:
         or method != 0
         or flags & ~(_DESCRIPTOR | _UTF8)
         or not {packed, size} <= {record.nbytes, *elsewhere}
-        or (record.full_name is not None and local[_LOCAL.size : named] != name)
+        or (record.full_name is not None and (name_len, local[_LOCAL.size :]) != (len(name), name))
         or start + record.nbytes > end
         or not _is_behind(start + record.nbytes, record.end, bool(flags & _DESCRIPTOR))
     ):
         raise _malformed(what, f"the header of record {record.name!a:.80} is damaged")
-    if named + extra_len > len(local):
-        local = _read(pread, record.header, named + extra_len, nbytes, what)
-    if not _are_fields(local[named : named + extra_len]):
+    if extra_len and not _are_fields(_read(pread, record.header + named, extra_len, nbytes, what)):
         raise _malformed(what, f"the header of record {record.name!a:.80} is damaged")
     return int(start)
 
