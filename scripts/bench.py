@@ -4,7 +4,7 @@ Makes checkpoints (real megatron-core, kept in --dir), then compares what goes t
 the same bytes as real files: medians of several rounds, the two sides taking turns. The reference
 for reading through a mount is libfuse's own passthrough (Debian: gcc, pkg-config, libfuse3-dev).
 Dropping the page cache, for the cold figures, needs root. `peers`, other converters, installs those
-of scripts/converters.txt (0.6 GB) when it is first run. Run by `scripts/bench`.
+of scripts/converters.txt (1.7 GB) when it is first run. Run by `scripts/bench`.
 """
 
 from __future__ import annotations

@@ -234,11 +234,14 @@ def many_threads(bench: Bench) -> None:
         files = sorted(mount.path.glob("*.safetensors"))[:4]
         nbytes = sum(file.stat().st_size for file in files)
 
+        def touched(threads: int, *names: Path) -> float:
+            many = ("--threads", str(threads))
+            return float(child(sys.executable, TOUCH, *names, *many, timeout=120).said)
+
         def by(threads: int) -> Callable[[], float]:
             def seconds() -> float:
                 forget(*files)
-                many = ("--threads", str(threads))
-                return float(child(sys.executable, TOUCH, *files, *many, timeout=120).said)
+                return touched(threads, *files)
 
             return seconds
 
@@ -246,6 +249,14 @@ def many_threads(bench: Bench) -> None:
     bench.row(
         f"page faults, 64 threads, {len(files)} files", nbytes / 1e9 / many, "GB/s", "one thread",
         nbytes / 1e9 / one, at_least=1.0,
+    )  # fmt: skip
+    # What so many threads cost whoever reads, with nothing in between.
+    warm(moe.weights)
+    real = [partial(touched, threads, moe.weights) for threads in (64, 1)]
+    many, one = in_turns(bench.rounds, *real)
+    bench.row(
+        "page faults, 64 threads, the real file, warm", moe.nbytes / 1e9 / many, "GB/s",
+        "one thread", moe.nbytes / 1e9 / one,
     )  # fmt: skip
 
 
