@@ -7,57 +7,90 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from mcorefs import wording
-from mcorefs.arguments import CHOICES, Address, Ckpt, Executor, Finish, Part, with_options
+from mcorefs.arguments import CHOICES, CKPT, Command, argument, with_options
 from mcorefs.commands import mount, status, umount
-from mcorefs.console import err, out, progress, remarks, say
+from mcorefs.console import complain, progress, remarks, say
 from mcorefs.errors import McorefsError
 from mcorefs.model import Options
 from mcorefs.patience import patiently
+from mcorefs.shares import Share
 
 if TYPE_CHECKING:
-    from mcorefs.shares import Share
     from mcorefs.tree import Opened
 
-app = typer.Typer(
-    name="mcorefs",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Read Megatron-Core checkpoints as Hugging Face models, without converting them.\n\n"
-    "CKPT is the directory a training run saved to (with `latest_checkpointed_iteration.txt`), "
-    "one `iter_XXXXXXX` directory of it, or a run directory above. No GPU, no Megatron and no copy "
-    "is needed; nothing in a checkpoint is ever executed. What is a Hugging Face model already is "
-    "served as it is.",
+
+class Commands(click.Group):
+    """The commands, in the order in which a person meets them."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    "mcorefs",
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
     epilog="Begin with `mcorefs inspect CKPT`, then `mcorefs mount CKPT MNT`. Without FUSE: "
     "`mcorefs materialize CKPT OUT`, or `mcorefs.open(CKPT)` in Python.",
 )
-app.command()(mount)
-app.command()(umount)
-app.command()(status)
+def app() -> None:
+    """Read Megatron-Core checkpoints as Hugging Face models, without converting them.
+
+    CKPT is the directory a training run saved to (with `latest_checkpointed_iteration.txt`), one
+    `iter_XXXXXXX` directory of it, or a run directory above. No GPU, no Megatron and no copy is
+    needed; nothing in a checkpoint is ever executed. What is a Hugging Face model already is served
+    as it is.
+    """
+
+
+app.add_command(mount)
+app.add_command(umount)
+app.add_command(status)
 
 
 @app.command()
+@CKPT
+@argument("out_directory", "OUT", "An empty directory, or one to be made.")
 @with_options(*CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "max_read_rate")
+@click.option(
+    "--threads", metavar="N", type=click.IntRange(min=1), help="Threads that read and write."
+)
+@click.option(
+    "--part",
+    metavar="I/N",
+    type=Share.parse,
+    help="Write only the I-th of N parts, as one of N jobs (Slurm arrays, Kubernetes indexed "
+    "jobs); the last one completes OUT.",
+)
+@click.option(
+    "--finish", is_flag=True, help="Write nothing but what completes OUT after its parts."
+)
+@click.option(
+    "--executor",
+    metavar="ray",
+    help="Write as tasks of a Ray cluster whose nodes share CKPT and OUT.",
+)
+@click.option("--address", metavar="ADDRESS", help="That of the Ray cluster; auto: this machine's.")
 def materialize(
-    ckpt: Ckpt,
-    out_directory: Annotated[
-        Path, typer.Argument(metavar="OUT", help="An empty directory, or one to be made.")
-    ],
+    ckpt: Path,
+    out_directory: Path,
     options: Options,
-    threads: Annotated[
-        int | None,
-        typer.Option("--threads", metavar="N", min=1, help="Threads that read and write."),
-    ] = None,
-    part: Part = None,
-    finish: Finish = False,
-    executor: Executor = None,
-    address: Address = None,
+    threads: int | None,
+    part: Share | None,
+    finish: bool,
+    executor: str | None,
+    address: str | None,
 ) -> None:
     """Write the same directory that a mount shows as real files to OUT.
 
@@ -92,20 +125,18 @@ def _check_way(part: Share | None, finish: bool, executor: str | None, address: 
     given = {"--part": part is not None, "--finish": finish, "--executor": executor is not None}
     names = [name for name, is_given in given.items() if is_given]
     if len(names) > 1:
-        raise typer.BadParameter(f"{' and '.join(names)} exclude each other")
+        raise click.BadParameter(f"{' and '.join(names)} exclude each other")
     if executor not in (None, "ray"):
-        raise typer.BadParameter(f"{executor!r} is not an executor; there is only ray")
+        raise click.BadParameter(f"{executor!r} is not an executor; there is only ray")
     if address is not None and executor is None:
-        raise typer.BadParameter("--address is that of a Ray cluster: pass --executor ray too")
+        raise click.BadParameter("--address is that of a Ray cluster: pass --executor ray too")
 
 
 @app.command()
+@CKPT
 @with_options(*CHOICES, "tokenizer")
-def inspect(
-    ckpt: Ckpt,
-    options: Options,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(ckpt: Path, options: Options, as_json: bool) -> None:
     """Say what CKPT is and whether it is whole: format, iterations, layout, family, missing shards.
 
     Reads metadata only. Exits with 1 if it cannot be mounted.
@@ -114,31 +145,24 @@ def inspect(
 
     found = look(ckpt, options)
     if as_json:
-        out.print(json.dumps(found.to_json(), indent=2))
+        say(json.dumps(found.to_json(), indent=2))
     else:
         for label, text in wording.inspection(found):
             say(f"{label:>13}  {text}")
     if found.problems:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 @app.command()
+@CKPT
+@argument("hf_dir", "HF_DIR", "A directory of safetensors files.", required=False)
 @with_options(*CHOICES, "dtype")
-def verify(
-    ckpt: Ckpt,
-    options: Options,
-    hf_dir: Annotated[
-        Path | None, typer.Argument(metavar="[HF_DIR]", help="A directory of safetensors files.")
-    ] = None,
-    deep: Annotated[
-        bool,
-        typer.Option(
-            "--deep",
-            help="Also look for NaN and infinity, and for copies of one tensor that differ between "
-            "ranks.",
-        ),
-    ] = False,
-) -> None:
+@click.option(
+    "--deep",
+    is_flag=True,
+    help="Also look for NaN and infinity, and for copies of one tensor that differ between ranks.",
+)
+def verify(ckpt: Path, options: Options, hf_dir: Path | None, deep: bool) -> None:
     """Compare CKPT with an existing Hugging Face directory, every byte of every tensor.
 
     Without HF_DIR, prove that its files are what was saved: by the SHA-256 of every file, if
@@ -168,7 +192,7 @@ def verify(
             say(line)
         sound = sound and not findings.differences
     if not sound:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 def _compare(opened: Opened, hf_dir: Path, seconds: float | None) -> bool:
@@ -193,18 +217,23 @@ def _compare(opened: Opened, hf_dir: Path, seconds: float | None) -> bool:
 def main() -> None:
     """Entry point: an error that a person can act on ends with its text and status 1."""
     try:
-        app(prog_name="mcorefs")
+        sys.exit(app(prog_name="mcorefs", standalone_mode=False))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except McorefsError as error:
-        err.print(wording.printable(f"mcorefs: {error}"))
+        complain(f"mcorefs: {error}")
         sys.exit(1)
     except MemoryError:
-        err.print("mcorefs: there is not enough memory (is it limited by ulimit -v?)")
+        complain("mcorefs: there is not enough memory (is it limited by ulimit -v?)")
         sys.exit(1)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        err.print(f"mcorefs: the output cannot be written: {error.strerror}")
+        complain(f"mcorefs: the output cannot be written: {error.strerror}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("mcorefs: interrupted")
+    except (click.Abort, KeyboardInterrupt) as interrupt:
+        if isinstance(interrupt.__cause__, EOFError):
+            raise  # click takes that for an end of what a person types; here nobody is asked
+        complain("mcorefs: interrupted")
         sys.exit(130)

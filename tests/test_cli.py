@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mcorefs.cli import app
 from mcorefs.mount import mounted
 from mcorefs.mount.prefetch import prefetch
 from mcorefs.wording import parse_size, printable, size
@@ -339,30 +340,96 @@ def test_help_teaches() -> None:
         assert option in said
 
 
-def test_tab_completion(fixtures: dict[str, Fixture]) -> None:
+def completed(words: str, tmp_path: Path) -> list[str]:
+    """What bash offers for the last of `words`, with the completion that README tells of."""
+    command = tmp_path / "mcorefs"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m mcorefs "$@"\n')
+    command.chmod(0o755)
+    script = (
+        'eval "$(_MCOREFS_COMPLETE=bash_source mcorefs)"\n'
+        'compopt() { echo "$@"; }\n'  # it may be called only where a person types
+        f"COMP_WORDS=({words}) COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
+        '_mcorefs_completion mcorefs; printf "%s\\n" "${COMPREPLY[@]}"\n'
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "mcorefs"],
+        ["bash", "-c", script],
         env={
             **os.environ,
-            "_MCOREFS_COMPLETE": "complete_bash",
-            "COMP_WORDS": "mcorefs ma",
-            "COMP_CWORD": "1",
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
         },
         capture_output=True,
         text=True,
-        check=False,
+        check=True,
         timeout=60,
     )
-    assert done.stdout.split() == ["materialize"]
+    return done.stdout.split()
+
+
+def test_tab_completion(tmp_path: Path) -> None:
+    assert completed("mcorefs ma", tmp_path) == ["materialize"]
+    assert completed("mcorefs umount --f", tmp_path) == ["--force"]
+    assert completed("mcorefs mount /t", tmp_path) == ["-o", "default"]  # bash's own: files
+
+
+def test_usage_errors(tmp_path: Path) -> None:
+    for arguments, expected in (
+        (["inspect"], "Missing argument 'CKPT'"),
+        (["mount", tmp_path], "MNT is missing; only --fuse-fd N"),
+        (
+            ["mount", tmp_path, tmp_path, "--fuse-fd", "2"],
+            "'--fuse-fd': 2 is not in the range x>=3",
+        ),
+        (["mount", tmp_path, tmp_path, "--read-ahead", "x"], "'x' is not a size; write it as 4GB"),
+        (["inspect", tmp_path, "--iteration", "last"], "'last' is not a valid integer"),
+        (["inspect", tmp_path, "--adapter", f"{tmp_path}:nan"], "--adapter: "),
+        (["materialize", tmp_path, tmp_path, "--part", "3"], "'3' is not a part such as 3/16"),
+        (["materialize", tmp_path, tmp_path, "--part", "3/2"], "there is no part 3 of 2"),
+        (["materialize", tmp_path, tmp_path, "--part", "1/2", "--finish"], "exclude each other"),
+        (["unmount", tmp_path], "No such command 'unmount'"),
+    ):
+        said = mcorefs(*arguments, status=2)
+        assert said.startswith("Usage: mcorefs "), said
+        assert expected in said
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mount place place --log-file place --hf-config place --tokenizer place",
+        "materialize place place --hf-config place",
+        "verify place place",
+        "umount place",
+        "status place",
+    ],
+)
+def test_places_are_not_looked_at_to_parse_them(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount that hangs would hang whoever looks, before there is a time limit."""
+    looked: list[object] = []
+    stat = os.stat
+
+    def noted(path: str | bytes | int, **given: int | None) -> os.stat_result:
+        looked.append(path)
+        return stat(path, **given)  # type: ignore[arg-type]
+
+    name, *rest = command.split()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", noted)
+        app.commands[name].make_context(name, rest)
+    assert "place" not in map(str, looked)
 
 
 def test_starting_is_cheap(fixtures: dict[str, Fixture]) -> None:
-    """Neither torch nor transformers is imported to mount: they cost seconds."""
+    """Neither torch nor transformers is imported to mount: they cost seconds. pydantic and rich are
+    what a library of command lines may bring along, for a quarter of the time of a mount."""
     code = (
         "import sys; from mcorefs.cli import app\n"
         f"app(['inspect', {str(fixtures[MOE].root)!r}], standalone_mode=False)\n"
         "import mcorefs.tree, mcorefs.mount\n"
-        "assert not {'torch', 'transformers', 'megatron'} & set(sys.modules)\n"
+        "dear = {'torch', 'transformers', 'megatron', 'pydantic', 'rich', 'typer'}\n"
+        "assert not dear & set(sys.modules), dear & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
 

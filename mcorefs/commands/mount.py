@@ -9,80 +9,82 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from mcorefs import wording
-from mcorefs.arguments import CHOICES, AllIterations, Ckpt, ReadAhead, with_options
-from mcorefs.console import err, progress, remarks, say
+from mcorefs.arguments import CHOICES, CKPT, MNT, Command, argument, files, place, with_options
+from mcorefs.console import complain, progress, remarks, say
 from mcorefs.model import Options
 from mcorefs.patience import patiently
-
-Mnt = Annotated[Path, typer.Argument(metavar="MNT", parser=Path, help="Where it is mounted.")]
 
 if TYPE_CHECKING:
     from mcorefs.mount import MountOptions
     from mcorefs.tree import Source, VirtualTree
 
 
+@click.command(cls=Command)
+@CKPT
+@argument(
+    "mnt", "MNT", "An empty directory; only with --fuse-fd it may be left out.", required=False
+)
 @with_options(
     *CHOICES, "tokenizer", "require_tokenizer", "dtype", "shard_size", "cache_bytes",
     "max_read_rate", "index_cache",
 )  # fmt: skip
+@click.option(
+    "--all-iterations",
+    is_flag=True,
+    help="Show every iteration of the run as a directory, and `latest`, a link to the newest: "
+    "they appear when their save is complete and go when they are deleted.",
+)
+@click.option("--foreground", "-f", is_flag=True, help="Serve in this process until unmounted.")
+@click.option(
+    "--log-file",
+    metavar="FILE",
+    type=place,
+    shell_complete=files,
+    help="Where the daemon logs: a line of JSON for each event.",
+)
+@click.option("--allow-other", is_flag=True, help="Let every user of this machine read the mount.")
+@click.option(
+    "--fuse-fd",
+    metavar="N",
+    type=click.IntRange(min=3),
+    help="Serve the mount of descriptor N of /dev/fuse, which somebody else has opened, mounted "
+    "(at MNT, if that is seen from here) and handed over; MNT may be /dev/fd/N.",
+)
+@click.option(
+    "--fsname",
+    metavar="NAME",
+    default="mcorefs",
+    help="Device name in /proc/mounts; transformers reads without mmap where it is `hf-mount`.",
+)
+@click.option(
+    "--read-ahead",
+    metavar="SIZE",
+    type=wording.parse_size,
+    help="How far the kernel reads ahead on this mount, where root mounts it; default 4MiB. Less "
+    "suits many nodes that each read small parts of all tensors.",
+)
+@click.option(
+    "--prefetch",
+    is_flag=True,
+    help="Then read all weights once, so that they lie in memory (page cache).",
+)
 def mount(
-    ckpt: Ckpt,
+    ckpt: Path,
     options: Options,
-    mnt: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="MNT",
-            parser=Path,  # click's own looks at it, and that may hang
-            help="An empty directory; only with --fuse-fd it may be left out.",
-        ),
-    ] = None,
-    all_iterations: AllIterations = False,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", "-f", help="Serve in this process until unmounted.")
-    ] = False,
-    log_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--log-file",
-            metavar="FILE",
-            help="Where the daemon logs: a line of JSON for each event.",
-        ),
-    ] = None,
-    allow_other: Annotated[
-        bool, typer.Option("--allow-other", help="Let every user of this machine read the mount.")
-    ] = False,
-    fuse_fd: Annotated[
-        int | None,
-        typer.Option(
-            "--fuse-fd",
-            metavar="N",
-            min=3,
-            help="Serve the mount of descriptor N of /dev/fuse, which somebody else has opened, "
-            "mounted (at MNT, if that is seen from here) and handed over; MNT may be /dev/fd/N.",
-        ),
-    ] = None,
-    fsname: Annotated[
-        str,
-        typer.Option(
-            "--fsname",
-            metavar="NAME",
-            help="Device name in /proc/mounts; transformers reads without mmap where it is "
-            "`hf-mount`.",
-        ),
-    ] = "mcorefs",
-    read_ahead: ReadAhead = None,
-    prefetch: Annotated[
-        bool,
-        typer.Option(
-            "--prefetch",
-            help="Then read all weights once, so that they lie in memory (page cache).",
-        ),
-    ] = False,
+    mnt: Path | None,
+    all_iterations: bool,
+    foreground: bool,
+    log_file: Path | None,
+    allow_other: bool,
+    fuse_fd: int | None,
+    fsname: str,
+    read_ahead: int | None,
+    prefetch: bool,
 ) -> None:
     """Show CKPT as a Hugging Face model directory at MNT, read-only.
 
@@ -97,7 +99,7 @@ def mount(
     if mnt is not None and fuse_fd is None and (fuse_fd := descriptor_in(mnt)) is not None:
         mnt = None
     if mnt is None and (fuse_fd is None or prefetch):
-        raise typer.BadParameter("MNT is missing; only --fuse-fd N without --prefetch needs none")
+        raise click.BadParameter("MNT is missing; only --fuse-fd N without --prefetch needs none")
     mount_options = MountOptions(
         fsname=fsname,
         allow_other=allow_other,
@@ -111,7 +113,7 @@ def mount(
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s: %(message)s")
     if all_iterations:
         if options.iteration is not None or prefetch:
-            raise typer.BadParameter("--all-iterations takes neither --iteration nor --prefetch")
+            raise click.BadParameter("--all-iterations takes neither --iteration nor --prefetch")
         _mount_run(ckpt, mnt, options, mount_options)
         return
     with gc_paused():
@@ -191,7 +193,7 @@ def _prefetch(mnt: Path, tree: VirtualTree) -> None:
     sizes = {name: file.size for name, file in tree.weights.items()}
     total, free = sum(sizes.values()), available_bytes()
     if total > free:
-        err.print(
+        complain(
             f"  WARNING: not read ahead: {wording.size(total)} do not fit into the "
             f"{wording.size(free)} of memory that are free"
         )
@@ -201,18 +203,16 @@ def _prefetch(mnt: Path, tree: VirtualTree) -> None:
         with progress("Reading ahead", total) as advance:
             prefetch(mnt, sizes, advance)
     except OSError as problem:
-        err.print(wording.printable(f"  WARNING: reading ahead stopped: {problem}"))
+        complain(f"  WARNING: reading ahead stopped: {problem}")
         return
     seconds = time.monotonic() - started
     say(f"Read ahead {wording.size(total)} in {seconds:.1f} s.")
 
 
-def umount(
-    mnt: Mnt,
-    force: Annotated[
-        bool, typer.Option("--force", help="Even if it is in use, or does not answer.")
-    ] = False,
-) -> None:
+@click.command(cls=Command)
+@MNT
+@click.option("--force", is_flag=True, help="Even if it is in use, or does not answer.")
+def umount(mnt: Path, force: bool) -> None:
     """Take a mount away; also one whose daemon has died."""
     from mcorefs.mount import unmount
 

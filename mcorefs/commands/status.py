@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from mcorefs import wording
-from mcorefs.console import out, say
+from mcorefs.arguments import MNT, Command
+from mcorefs.console import say
 
 if TYPE_CHECKING:
     from mcorefs.mount.status import Value
 
 
-def status(
-    mnt: Annotated[
-        Path,
-        typer.Argument(metavar="MNT", parser=Path, help="Where it is mounted."),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
+@click.command(cls=Command)
+@MNT
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def status(mnt: Path, as_json: bool) -> None:
     """Say what a mount shows and what it has done: bytes served and read, errors, memory.
 
     The same is in `MNT/.mcorefs/status.json`, which no listing of MNT shows.
@@ -31,7 +29,7 @@ def status(
 
     found = ask(mnt)
     if as_json:
-        out.print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
         return
     for label, text in _lines(found):
         say(f"{label:>13}  {text}")
