@@ -15,6 +15,7 @@ from mcorefs.opcodes import (
     NAME,
     NEW,
     OBJECT,
+    OWN,
     PLAIN,
     PLAIN_SIZE,
     REF,
@@ -161,7 +162,8 @@ class IndexClass(RecordClass):
         rest = (index + hint + place + PLAIN_SIZE + SET + kind_of_info + path + REF) + (
             offset + PLAIN + length + PLAIN + SET
         )
-        alike = head + fqn + b"(" + REF + b")" + rest + b"(?:" + head + fqn + rb"\1" + rest + b")*+"
+        alike = head + fqn + b"(" + REF + b")" + rest
+        alike += b"(?:" + head + fqn + rb"\1" + rest + b")*" + OWN
         return re.compile(pair, re.DOTALL), re.compile(alike, re.DOTALL)
 
 
